@@ -1,0 +1,1 @@
+"""Tokenizer, problems, and the miniature's tasks and corpus."""

@@ -1,0 +1,166 @@
+"""Problems: where they come from, how they are split, and the stream that feeds RL."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import random
+from typing import Protocol
+
+import grain
+import numpy as np
+
+from r1jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  problem: str
+  answers: tuple[str, ...]  # every accepted answer, the first one canonical
+
+
+class Task(Protocol):
+  """What a generator of problems and of its miniature world's pages offers."""
+
+  symbols: tuple[str, ...]  # pieces the tokenizer keeps whole
+
+  def problem(self, rng: random.Random) -> Problem: ...
+
+  def fact(self, rng: random.Random) -> str: ...
+
+  def page(self, kind: str, problem: Problem, rng: random.Random) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Three sets of problems that share no text."""
+
+  pretrain: list[Problem]
+  train: list[Problem]
+  held_out: list[Problem]
+
+
+def bucket(text: str) -> float:
+  """A number in [0, 1) that depends on the text alone; it decides a problem's side."""
+  return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+def generate(task: Task, *, pretrain: int, train: int, held_out: int) -> Split:
+  """Draws distinct problems until each side is full; the bucket of its text puts a
+  problem on its side, whatever the seed, so that no two runs ever mix them.
+
+  Raises:
+    UserError: the task has too few distinct problems.
+  """
+  rng = random.Random(0)
+  sides = {"held_out": {}, "train": {}, "pretrain": {}}
+  wanted = {"held_out": held_out, "train": train, "pretrain": pretrain}
+  tries = 0
+  while any(len(sides[s]) < wanted[s] for s in sides):
+    tries += 1
+    if tries > 50 * sum(wanted.values()):
+      raise UserError(
+        f"the task yields too few distinct problems: {({s: len(p) for s, p in sides.items()})}"
+        f" of {wanted}. Make it larger (more terms or higher numbers) or ask for fewer."
+      )
+    p = task.problem(rng)
+    b = bucket(p.problem)
+    side = "held_out" if b < 0.1 else "train" if b < 0.5 else "pretrain"
+    if len(sides[side]) < wanted[side]:
+      sides[side].setdefault(p.problem, p)
+  return Split(**{s: list(p.values()) for s, p in sides.items()})
+
+
+def read_jsonl(path: str | pathlib.Path, *, skip_malformed: bool = False) -> list[Problem]:
+  """Reads {"problem": "...", "answer": "..." or [...]} a line, as GSM8K-like sets have.
+
+  `question` is read as `problem` too; a GSM8K answer keeps what follows its `####`.
+
+  Args:
+    path: a UTF-8 file.
+    skip_malformed: leave malformed lines out instead of refusing the file.
+
+  Raises:
+    UserError: no such file, nothing in it, or a malformed line (its number is named).
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise UserError(f"config.data.problems={path}: there is no such file.")
+  problems, bad = [], []
+  for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    if not line.strip():
+      continue
+    try:
+      problems.append(_parse(line))
+    except ValueError as e:
+      bad.append(f"{path}:{number}: {e}: {line[:60]!r}")
+  if bad and not skip_malformed:
+    raise UserError(
+      f"{bad[0]}" + (f" (and {len(bad) - 1} more such lines)" if len(bad) > 1 else "")
+      + '. A line is {"problem": "...", "answer": "..."}; mend it, or leave such lines'
+      " out with --config.data.skip_malformed=True."
+    )
+  if not problems:
+    raise UserError(
+      f"config.data.problems={path} holds no usable problem ({len(bad)} malformed lines)."
+    )
+  return problems
+
+
+def _parse(line: bytes) -> Problem:
+  try:
+    row = json.loads(line.decode("utf-8"))
+  except UnicodeDecodeError as e:
+    raise ValueError("not UTF-8") from e
+  except json.JSONDecodeError as e:
+    raise ValueError(f"not JSON ({e.msg})") from e
+  if not isinstance(row, dict):
+    raise ValueError("not a JSON object")
+  text = row.get("problem", row.get("question"))
+  answers = row.get("answer")
+  if not isinstance(text, str) or not text.strip():
+    raise ValueError('no text under "problem"')
+  answers = answers if isinstance(answers, list) else [answers]
+  if not answers or not all(
+    isinstance(a, str | int | float) and not isinstance(a, bool) and str(a).strip()
+    for a in answers
+  ):
+    raise ValueError('no text or number under "answer"')
+  final = (str(a).rpartition("####")[2].strip() for a in answers)
+  return Problem(text.strip(), tuple(final))
+
+
+def split_file(problems: list[Problem], *, held_out: float) -> tuple[list, list]:
+  """(train, held_out) halves of a file's problems, by the bucket of their text, so that
+  a problem that stands twice never lands on both sides.
+
+  Raises:
+    UserError: a side would be empty.
+  """
+  ordered = sorted({bucket(p.problem): p for p in problems}.items())
+  cut = round(len(ordered) * held_out)
+  kept, rest = [p for _, p in ordered[:cut]], [p for _, p in ordered[cut:]]
+  if not kept or not rest:
+    raise UserError(
+      f"{len(ordered)} distinct problems cannot be split with"
+      f" config.data.held_out={held_out}: both sides need at least one."
+    )
+  return rest, kept
+
+
+def stream(count: int, batch: int, *, seed: int) -> grain.DatasetIterator:
+  """Endless shuffled indices of problems, `batch` at a time.
+
+  `get_state()` of the iterator is a small JSON-like value, the same on every host, and
+  `set_state` continues exactly.
+
+  Raises:
+    UserError: fewer problems than a batch.
+  """
+  if count < batch:
+    raise UserError(
+      f"{count} training problems are fewer than one step's config.prompts={batch}."
+      " Give more problems or lower config.prompts."
+    )
+  data = grain.MapDataset.source(np.arange(count)).seed(seed).shuffle().repeat()
+  return iter(grain.experimental.ElasticIterator(data, batch, grain.sharding.NoSharding()))

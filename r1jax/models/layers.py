@@ -1,0 +1,114 @@
+"""RMSNorm, SwiGLU and rotary positions: what every block is made of."""
+
+import math
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from r1jax.models.config import PolicyConfig, Yarn
+
+
+def weight(
+  module: nn.Module,
+  name: str,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  *,
+  fan_in: int,
+  std: float | None,
+) -> jax.Array:
+  """A float32 weight with logical axes; std None means 1/sqrt(fan_in)."""
+  init = nn.initializers.normal(std if std is not None else fan_in**-0.5)
+  return module.param(
+    name, nn.with_logical_partitioning(init, axes), shape, jnp.float32
+  )
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * scale, computed in float32 (arXiv 1910.07467)."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+    scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class SwiGLU(nn.Module):
+  """W_down(silu(W_gate x) * W_up x): the dense FFN and the shared expert."""
+
+  config: PolicyConfig
+  ffn: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c, d = self.config, self.config.width
+    std = c.init_std
+    axes_in, axes_out = ("embed", "ffn"), ("ffn", "embed")
+    gate = weight(self, "gate", (d, self.ffn), axes_in, fan_in=d, std=std)
+    up = weight(self, "up", (d, self.ffn), axes_in, fan_in=d, std=std)
+    down = weight(
+      self, "down", (self.ffn, d), axes_out, fan_in=2 * c.layers * self.ffn, std=std
+    )
+    dtype = x.dtype
+    hidden = jax.nn.silu(x @ gate.astype(dtype)) * (x @ up.astype(dtype))
+    return hidden @ down.astype(dtype)
+
+
+def rope_frequencies(dim: int, theta: float, yarn: Yarn | None) -> jax.Array:
+  """Radians a position turns each of the dim/2 pairs, [dim/2] float32.
+
+  f_j = theta^(-2j/dim). YaRN keeps fast pairs, divides slow ones by `factor`, and ramps
+  between the pairs that turn beta_fast and beta_slow times over the original length.
+  """
+  j = jnp.arange(dim // 2, dtype=jnp.float32)
+  f = theta ** (-2.0 * j / dim)
+  if yarn is None:
+    return f
+
+  def pair_that_turns(times: float) -> float:
+    length = yarn.original_length
+    return dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+  low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
+  high = min(math.ceil(pair_that_turns(yarn.beta_slow)), dim - 1)
+  ramp = jnp.clip((j - low) / max(high - low, 1e-3), 0.0, 1.0)
+  return f / yarn.factor * ramp + f * (1.0 - ramp)
+
+
+def attention_scale(config: PolicyConfig) -> float:
+  """(K + R)^(-1/2), times m^2 under YaRN with m = 0.1 mscale_all_dim ln(factor) + 1."""
+  scale = (config.nope_dim + config.rope_dim) ** -0.5
+  if config.yarn is not None and config.yarn.factor > 1:
+    m = 0.1 * config.yarn.mscale_all_dim * math.log(config.yarn.factor) + 1.0
+    scale *= m * m
+  return scale
+
+
+def apply_rope(x: jax.Array, positions: jax.Array, config: PolicyConfig) -> jax.Array:
+  """Turns neighbouring channels (x_2j, x_2j+1) by position * f_j, as DeepSeek's code.
+
+  Args:
+    x: [..., R] with positions.ndim leading axes, or one more for heads before R.
+    positions: [...] int32.
+  """
+  f = rope_frequencies(config.rope_dim, config.rope_theta, config.yarn)
+  angle = positions.astype(jnp.float32)[..., None] * f.reshape(
+    (1,) * positions.ndim + (-1,)
+  )
+  if x.ndim == positions.ndim + 2:
+    angle = angle[..., None, :]
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  if config.yarn is not None and config.yarn.mscale != config.yarn.mscale_all_dim:
+    y, log = config.yarn, math.log(config.yarn.factor)
+    m = (0.1 * y.mscale * log + 1.0) / (0.1 * y.mscale_all_dim * log + 1.0)
+    cos, sin = cos * m, sin * m
+  pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+  a, b = pairs[..., 0], pairs[..., 1]
+  turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+  return turned.reshape(x.shape).astype(x.dtype)

@@ -1,0 +1,147 @@
+"""Multi-head latent attention (DeepSeek-V3 report, Eq. 1-11).
+
+A token leaves one cache entry: its normalised kv latent and its rotated rope key, shared
+by all heads. Training materialises keys and values from the latents; decoding folds the
+up-projections into query and output instead ("absorbed"), with the same numbers.
+"""
+
+from flax import linen as nn, struct
+import jax
+import jax.numpy as jnp
+
+from r1jax import ops
+from r1jax.models.config import PolicyConfig
+from r1jax.models.layers import RMSNorm, apply_rope, attention_scale, weight
+
+
+@struct.dataclass
+class Sequence:
+  """Where the tokens of a full forward pass stand."""
+
+  positions: jax.Array  # B T int32, for RoPE
+  segments: jax.Array  # B T int32; 0 is padding; a token sees its own segment only
+
+  @property
+  def mask(self) -> jax.Array:  # B T T bool
+    t = jnp.arange(self.segments.shape[1])
+    causal = t[None, :, None] >= t[None, None, :]
+    same = self.segments[:, :, None] == self.segments[:, None, :]
+    return causal & same & (self.segments[:, None, :] > 0)
+
+
+@struct.dataclass
+class DecodeStep:
+  """Where the one new token of every row of every group stands."""
+
+  positions: jax.Array  # B G int32, for RoPE
+  prefix_mask: jax.Array  # B P bool
+  slot: jax.Array  # [] int32, the suffix slot the token is written to
+
+
+class MLA(nn.Module):
+  config: PolicyConfig
+
+  def setup(self):
+    c = self.config
+    qk, std = c.nope_dim + c.rope_dim, c.init_std
+
+    def new(name, shape, axes, fan_in):
+      return weight(self, name, shape, axes, fan_in=fan_in, std=std)
+
+    if c.q_latent is None:
+      self.w_q = new("w_q", (c.width, c.heads, qk), ("embed", "heads", "head_dim"), c.width)
+    else:
+      self.w_dq = new("w_dq", (c.width, c.q_latent), ("embed", "latent"), c.width)
+      self.q_norm = RMSNorm(c.norm_eps)
+      self.w_uq = new(
+        "w_uq", (c.q_latent, c.heads, qk), ("latent", "heads", "head_dim"), c.q_latent
+      )
+    self.w_dkv = new("w_dkv", (c.width, c.latent), ("embed", "latent"), c.width)
+    self.kv_norm = RMSNorm(c.norm_eps)
+    axes = ("latent", "heads", "head_dim")
+    self.w_uk = new("w_uk", (c.kv_latent, c.heads, c.nope_dim), axes, c.kv_latent)
+    self.w_uv = new("w_uv", (c.kv_latent, c.heads, c.v_dim), axes, c.kv_latent)
+    self.w_o = new(
+      "w_o",
+      (c.heads, c.v_dim, c.width),
+      ("heads", "head_dim", "embed"),
+      2 * c.layers * c.heads * c.v_dim,
+    )
+
+  def _queries(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    c, dtype = self.config, x.dtype
+    if c.q_latent is None:
+      q = jnp.einsum("...d,dhk->...hk", x, self.w_q.astype(dtype))
+    else:
+      latent = self.q_norm(x @ self.w_dq.astype(dtype))
+      q = jnp.einsum("...q,qhk->...hk", latent, self.w_uq.astype(dtype))
+    return q[..., : c.nope_dim], apply_rope(q[..., c.nope_dim :], positions, c)
+
+  def _entries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Cache entries [..., C + R]: the kv latent after its norm, the key after RoPE."""
+    c = self.config
+    both = x @ self.w_dkv.astype(x.dtype)
+    latent = self.kv_norm(both[..., : c.kv_latent])
+    rope_key = apply_rope(both[..., c.kv_latent :], positions, c)
+    return jnp.concatenate([latent, rope_key], axis=-1)
+
+  def __call__(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array]:
+    """Full attention.
+
+    Args:
+      x: [B, T, D].
+      seq: positions and segments of the tokens.
+
+    Returns:
+      ([B, T, D] output, [B, T, C + R] cache entries).
+    """
+    c, dtype = self.config, x.dtype
+    q_nope, q_rope = self._queries(x, seq.positions)
+    entries = self._entries(x, seq.positions)
+    latent, rope_key = entries[..., : c.kv_latent], entries[..., c.kv_latent :]
+    k_nope = jnp.einsum("bsc,chk->bshk", latent, self.w_uk.astype(dtype))
+    v = jnp.einsum("bsc,chv->bshv", latent, self.w_uv.astype(dtype))
+    rope_key = jnp.broadcast_to(rope_key[:, :, None], (*k_nope.shape[:3], c.rope_dim))
+    out = ops.attention(
+      jnp.concatenate([q_nope, q_rope], axis=-1),
+      jnp.concatenate([k_nope, rope_key], axis=-1),
+      v,
+      seq.mask,
+      scale=attention_scale(c),
+    )
+    return jnp.einsum("bthv,hvd->btd", out, self.w_o.astype(dtype)), entries
+
+  def decode(
+    self,
+    x: jax.Array,
+    at: DecodeStep,
+    prefix: jax.Array,
+    suffix: jax.Array,
+    layer: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Absorbed attention of one new token a row.
+
+    Args:
+      x: [B, G, D].
+      at: where the tokens stand.
+      prefix: [B, P, C + R], this layer's prompt cache.
+      suffix: [N, B, G, S, C + R], all layers' caches of the rows' own tokens.
+      layer: [] int32, which of the N.
+
+    Returns:
+      ([B, G, D] output, suffix with the new entries written).
+    """
+    c, dtype = self.config, x.dtype
+    q_nope, q_rope = self._queries(x, at.positions)
+    entry = self._entries(x, at.positions)
+    suffix = jax.lax.dynamic_update_slice(
+      suffix, entry[None, :, :, None], (layer, 0, 0, at.slot, 0)
+    )
+    own = jax.lax.dynamic_index_in_dim(suffix, layer, keepdims=False)
+    q_latent = jnp.einsum("bghk,chk->bghc", q_nope, self.w_uk.astype(dtype))
+    q = jnp.concatenate([q_latent, q_rope], axis=-1)
+    out = ops.latent_decode(
+      q, prefix, at.prefix_mask, own, at.slot, scale=attention_scale(c)
+    )
+    out = jnp.einsum("bghc,chv->bghv", out[..., : c.kv_latent], self.w_uv.astype(dtype))
+    return jnp.einsum("bghv,hvd->bgd", out, self.w_o.astype(dtype)), suffix

@@ -1,0 +1,130 @@
+"""DeepSeekMoE with aux-loss-free balancing (DeepSeek-V3 report, Eq. 12-16).
+
+The router bias lives in the collection `router`, outside the parameters: it chooses
+experts, never weighs them, gets no gradient, and is moved by `balance` after each update.
+"""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from r1jax import ops
+from r1jax.models.config import PolicyConfig
+from r1jax.models.layers import SwiGLU, weight
+
+
+def choose_experts(
+  scores: jax.Array, bias: jax.Array, config: PolicyConfig
+) -> tuple[jax.Array, jax.Array]:
+  """Group-limited top-k on scores + bias; gate values from the scores alone.
+
+  Args:
+    scores: [M, E] float32 sigmoid affinities s.
+    bias: [E] float32 selection bias b.
+    config: groups, active groups and experts, renormalisation, scale.
+
+  Returns:
+    (experts [M, A] int32, gates [M, A] float32): the A experts with the highest s + b
+    within the groups whose two best s + b sum highest, and g = s / sum(s) * route_scale.
+  """
+  c = config
+  choice = jax.lax.stop_gradient(scores) + bias[None]
+  if c.expert_groups > 1:
+    grouped = choice.reshape(choice.shape[0], c.expert_groups, -1)
+    best_two, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
+    _, kept = jax.lax.top_k(best_two.sum(-1), c.active_groups)
+    keep = jax.nn.one_hot(kept, c.expert_groups, dtype=jnp.bool_).any(axis=1)
+    # Differs: Hugging Face fills dropped groups with 0, which a kept expert with
+    # s + b < 0 would lose to. DeepSeek's own code uses -inf.
+    choice = jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
+  _, experts = jax.lax.top_k(choice, c.active_experts)
+  gates = jnp.take_along_axis(scores, experts, axis=-1)
+  if c.renormalise:
+    gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
+  return experts, gates * c.route_scale
+
+
+class MoE(nn.Module):
+  """Shared experts on every token plus the chosen routed ones."""
+
+  config: PolicyConfig
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, counted: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Args:
+      x: [B, T, D].
+      counted: [B, T] bool, the tokens whose choices enter the load (None: all).
+
+    Returns:
+      ([B, T, D] output, [E] float32 number of counted tokens each expert served).
+    """
+    c, (d, f, e) = self.config, (self.config.width, self.config.expert_ffn, self.config.experts)
+    w_router = weight(self, "w_router", (d, e), ("embed", None), fan_in=d, std=c.init_std)
+    zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+    bias = self.variable("router", "bias", lambda: zeros(None, (e,), jnp.float32)).value
+    axes_in, axes_out = ("experts", "embed", "ffn"), ("experts", "ffn", "embed")
+    w_gate = weight(self, "w_gate", (e, d, f), axes_in, fan_in=d, std=c.init_std)
+    w_up = weight(self, "w_up", (e, d, f), axes_in, fan_in=d, std=c.init_std)
+    w_down = weight(
+      self, "w_down", (e, f, d), axes_out, fan_in=2 * c.layers * f, std=c.init_std
+    )
+
+    flat = x.reshape(-1, d)
+    scores = jax.nn.sigmoid(flat.astype(jnp.float32) @ w_router)
+    experts, gates = choose_experts(scores, bias, c)
+    chosen = jax.nn.one_hot(experts, e, dtype=jnp.float32)  # M A E
+    kept = chosen if counted is None else chosen * counted.reshape(-1, 1, 1)
+    load = jax.lax.stop_gradient(kept.sum(axis=(0, 1)))
+
+    weights = (w_gate, w_up, w_down)
+    weights = tuple(w.astype(x.dtype) for w in weights)
+    if c.moe == "dense":
+      routed = _every_expert(flat, jnp.einsum("ma,mae->me", gates, chosen), *weights)
+    else:
+      routed = _sorted_tokens(flat, experts, gates, *weights)
+    shared = SwiGLU(c, c.shared_experts * f, name="shared")(flat) if c.shared_experts else 0.0
+    return (routed + shared).reshape(x.shape), load
+
+
+def _every_expert(x, gates, w_gate, w_up, w_down):
+  """Every expert on every token, weighted by gates [M, E] (0 where not chosen): exact
+  and fast when E is small."""
+  hidden = jax.nn.silu(jnp.einsum("md,edf->mef", x, w_gate))
+  hidden = hidden * jnp.einsum("md,edf->mef", x, w_up)
+  hidden = hidden * gates.astype(x.dtype)[:, :, None]
+  return jnp.einsum("mef,efd->md", hidden, w_down)
+
+
+def _sorted_tokens(x, experts, gates, w_gate, w_up, w_down):
+  """Tokens sorted by expert, one grouped product a matrix; no token is dropped."""
+  active = experts.shape[1]
+  order = jnp.argsort(experts.reshape(-1), stable=True)
+  sizes = jnp.bincount(experts.reshape(-1), length=w_gate.shape[0]).astype(jnp.int32)
+  rows = x[order // active]
+  hidden = jax.nn.silu(ops.grouped_matmul(rows, w_gate, sizes))
+  hidden = hidden * ops.grouped_matmul(rows, w_up, sizes)
+  out = ops.grouped_matmul(hidden, w_down, sizes)
+  out = out * gates.reshape(-1)[order].astype(x.dtype)[:, None]
+  return jnp.zeros_like(x).at[order // active].add(out)
+
+
+def balance(router: Any, load: Any, rate: float) -> Any:
+  """Aux-loss-free balancing: b <- b + rate * sign(mean load - load) (report, 2.1.2).
+
+  Args:
+    router: the `router` collection, {stack: {..., "bias": [..., E]}}.
+    load: {stack: [..., E]} tokens served; stacks without an entry stay as they are.
+    rate: the bias update speed, 0.001 in V3's pre-training.
+  """
+
+  def move(bias, served):
+    return bias + rate * jnp.sign(served.mean(axis=-1, keepdims=True) - served)
+
+  return {
+    stack: jax.tree.map(lambda b: move(b, load[stack]), tree) if stack in load else tree
+    for stack, tree in router.items()
+  }

@@ -1,0 +1,197 @@
+"""The policy: embedding, scanned pre-norm blocks, head, and the optional MTP module.
+
+One forward definition serves trainer and sampler: `__call__` runs whole sequences and
+returns the cache entries of every layer, `decode` runs one token a row on such a cache.
+"""
+
+from flax import linen as nn, struct
+import jax
+import jax.numpy as jnp
+
+from r1jax import sharding
+from r1jax.models.config import PolicyConfig
+from r1jax.models.layers import RMSNorm, SwiGLU, weight
+from r1jax.models.mla import MLA, DecodeStep, Sequence
+from r1jax.models.moe import MoE
+
+
+@struct.dataclass
+class Forward:
+  hidden: jax.Array  # B T D, after the final norm
+  trunk: jax.Array  # B T D, before it (the MTP module's input)
+  cache: jax.Array  # N B T C+R
+  load: dict  # {stack of MoE layers: [layers, E] float32}
+
+
+class Block(nn.Module):
+  """x += MLA(norm x); x += FFN(norm x), for a whole sequence or for one new token."""
+
+  config: PolicyConfig
+  moe: bool
+
+  @nn.compact
+  def __call__(self, carry, prefix, layer, at):
+    """Args:
+      carry: (x, suffix): suffix [N, B, G, S, C + R] is None for a whole sequence.
+      prefix: this layer's prompt cache [B, P, C + R], None for a whole sequence.
+      layer: [] int32, the layer's number.
+      at: a Sequence or a DecodeStep.
+
+    Returns:
+      ((x, suffix), (cache entries or None, load or None)).
+    """
+    c = self.config
+    x, suffix = carry
+    attention = MLA(c, name="attention")
+    h = RMSNorm(c.norm_eps, name="attention_norm")(x)
+    with jax.named_scope("mla"):
+      if isinstance(at, Sequence):
+        h, entries = attention(h, at)
+      else:
+        h, suffix = attention.decode(h, at, prefix, suffix, layer)
+        entries = None
+    x = sharding.shard_batch(x + h)
+    h = RMSNorm(c.norm_eps, name="ffn_norm")(x)
+    load = None
+    with jax.named_scope("ffn"):
+      if self.moe:
+        counted = at.segments > 0 if isinstance(at, Sequence) else None
+        h, load = MoE(c, name="moe")(h, counted)
+      else:
+        h = SwiGLU(c, c.dense_ffn, name="ffn")(h)
+    return (sharding.shard_batch(x + h), suffix), (entries, load)
+
+
+def _stack(config: PolicyConfig, moe: bool, length: int) -> nn.Module:
+  block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+  return nn.scan(
+    block,
+    variable_axes={"params": 0, "router": 0},
+    split_rngs={"params": True},
+    in_axes=(0, 0, nn.broadcast),
+    length=length,
+    metadata_params={nn.PARTITION_NAME: "layers"},
+  )(config, moe)
+
+
+class Policy(nn.Module):
+  config: PolicyConfig
+
+  def setup(self):
+    c = self.config
+    self.embedding = weight(
+      self, "embedding", (c.vocab, c.width), ("vocab", "embed"), fan_in=4, std=c.init_std
+    )
+    if c.dense_layers:
+      self.dense_layers = _stack(c, False, c.dense_layers)
+    if c.moe_layers:
+      self.moe_layers = _stack(c, True, c.moe_layers)
+    self.final_norm = RMSNorm(c.norm_eps)
+    # A small head starts the policy near uniform.
+    std = 0.02 if c.init_std is None else c.init_std
+    self.head = weight(
+      self, "head", (c.width, c.vocab), ("embed", "vocab"), fan_in=c.width, std=std
+    )
+    if c.mtp_depth:
+      self.mtp_embedding_norm = RMSNorm(c.norm_eps)
+      self.mtp_hidden_norm = RMSNorm(c.norm_eps)
+      self.mtp_projection = weight(
+        self,
+        "mtp_projection",
+        (2 * c.width, c.width),
+        ("embed", None),
+        fan_in=2 * c.width,
+        std=c.init_std,
+      )
+      self.mtp_layer = Block(c, moe=True)
+      self.mtp_norm = RMSNorm(c.norm_eps)
+
+  def _embed(self, tokens: jax.Array) -> jax.Array:
+    return sharding.shard_batch(self.embedding.astype(self.config.compute_dtype)[tokens])
+
+  def _layers(self, carry, prefix, at):
+    """Runs both stacks; returns (carry, cache entries, load by stack)."""
+    start, caches, load = 0, [], {}
+    for name in ("dense_layers", "moe_layers"):
+      n = getattr(self.config, name)
+      if not n:
+        continue
+      part = None if prefix is None else prefix[start : start + n]
+      layer = jnp.arange(start, start + n)
+      carry, (entries, served) = getattr(self, name)(carry, part, layer, at)
+      caches.append(entries)
+      if served is not None:
+        load[name] = served
+      start += n
+    return carry, caches, load
+
+  def __call__(self, tokens: jax.Array, seq: Sequence) -> Forward:
+    """Whole sequences. Args: tokens [B, T] int32 and where they stand."""
+    (trunk, _), caches, load = self._layers((self._embed(tokens), None), None, seq)
+    if self.is_initializing() and self.config.mtp_depth:
+      self.mtp(trunk, tokens, seq)
+    return Forward(
+      hidden=self.final_norm(trunk),
+      trunk=trunk,
+      cache=jnp.concatenate(caches, axis=0),
+      load=load,
+    )
+
+  def decode(
+    self, tokens: jax.Array, at: DecodeStep, prefix: jax.Array, suffix: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """One token a row.
+
+    Args:
+      tokens: [B, G] int32.
+      at: where they stand.
+      prefix: [N, B, P, C + R], the prompts' cache, shared by the G rows of a group.
+      suffix: [N, B, G, S, C + R], the rows' own cache.
+
+    Returns:
+      (hidden [B, G, D], suffix with the tokens' entries written at `at.slot`).
+    """
+    (x, suffix), _, _ = self._layers((self._embed(tokens), suffix), prefix, at)
+    return self.final_norm(x), suffix
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """[..., D] -> [..., V] float32."""
+    head = self.head.astype(hidden.dtype)
+    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+
+  def mtp(
+    self, trunk: jax.Array, tokens: jax.Array, seq: Sequence
+  ) -> tuple[jax.Array, dict]:
+    """Multi-token prediction (report, Eq. 21-23): at position i, hidden for token i + 2.
+
+    h'_i = M [norm(Emb(t_i+1)) ; norm(h_i)], one more block, a norm, the shared head.
+    Differs: the report prints [hidden ; embedding]; the released weights expect the
+    embedding first, and so do we.
+
+    Args:
+      trunk: [B, T, D] from `__call__`.
+      tokens: [B, T]; the last position has no next token and sees its own.
+      seq: as in `__call__`.
+
+    Returns:
+      (hidden [B, T, D] for `logits`, {"mtp_layer": load [E]}).
+    """
+    following = jnp.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
+    both = [self.mtp_embedding_norm(self._embed(following)), self.mtp_hidden_norm(trunk)]
+    x = jnp.concatenate(both, axis=-1) @ self.mtp_projection.astype(trunk.dtype)
+    (x, _), (_, load) = self.mtp_layer((x, None), None, jnp.zeros((), jnp.int32), seq)
+    return self.mtp_norm(x), {"mtp_layer": load}
+
+
+def init(policy: Policy, key: jax.Array) -> tuple[dict, dict]:
+  """(params, router) in `nn.Partitioned` boxes that carry the logical axes."""
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  seq = Sequence(positions=tokens, segments=jnp.ones_like(tokens))
+  variables = policy.init(key, tokens, seq)
+  return variables["params"], variables.get("router", {})
+
+
+def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  """log softmax(logits)[tokens], float32. Args: logits [..., V], tokens [...]."""
+  picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  return picked - jax.nn.logsumexp(logits, axis=-1)

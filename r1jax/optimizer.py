@@ -1,0 +1,61 @@
+"""AdamW with warm-up and a schedule, weight decay on matrices only."""
+
+import dataclasses
+
+import jax
+import optax
+
+from r1jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  learning_rate: float  # peak
+  steps: int  # updates the schedule spans
+  warmup_steps: int = 0
+  schedule: str = "constant"  # or "cosine", down to final_fraction of the peak
+  final_fraction: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0  # of the global gradient
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+  """Update number -> learning rate."""
+  c = config
+  if c.schedule not in ("constant", "cosine"):
+    raise UserError(f"schedule={c.schedule!r} must be 'constant' or 'cosine'.")
+  rest = max(c.steps - c.warmup_steps, 1)
+  if c.schedule == "cosine":
+    main = optax.cosine_decay_schedule(c.learning_rate, rest, c.final_fraction)
+  else:
+    main = optax.constant_schedule(c.learning_rate)
+  # The first update already moves: warm-up runs from 1/warmup to 1.
+  warm = optax.linear_schedule(
+    c.learning_rate / max(c.warmup_steps, 1), c.learning_rate, max(c.warmup_steps - 1, 1)
+  )
+  return optax.join_schedules([warm, main], [c.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Global-norm clipping, then AdamW; norms' scales are not decayed."""
+  c = config
+
+  def matrices(params):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: getattr(path[-1], "key", None) != "scale", params
+    )
+
+  return optax.chain(
+    optax.clip_by_global_norm(c.clip_norm),
+    optax.adamw(
+      learning_rate(c),
+      b1=c.b1,
+      b2=c.b2,
+      eps=c.eps,
+      weight_decay=c.weight_decay,
+      mask=matrices,
+    ),
+  )

@@ -1,0 +1,125 @@
+"""The twins of accuracy.py and format.py that run inside the compiled step, on tokens.
+
+Differs from the host rules in two ways, both stricter: a tag counts only as its own
+token (not spelled out in characters), and an answer must have the accepted answer's
+tokens (`07` is not `7`).
+"""
+
+import dataclasses
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TagTable:
+  """What the rules need to know of a tokenizer."""
+
+  think: int
+  end_think: int
+  answer: int
+  end_answer: int
+  silent: np.ndarray  # V bool: white space, EOS and padding
+
+  @classmethod
+  def of(cls, tokenizer: Tokenizer) -> "TagTable":
+    silent = tokenizer.spaces()
+    silent[[tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id]] = True
+    ids = (tokenizer.id(t) for t in ("<think>", "</think>", "<answer>", "</answer>"))
+    return cls(*ids, silent)
+
+
+def accuracy(
+  tokens: jax.Array, mask: jax.Array, accepted: jax.Array, tags: TagTable
+) -> jax.Array:
+  """1 where the tokens between the last `<answer>` and the next `</answer>`, outer white
+  space aside, equal an accepted answer.
+
+  Args:
+    tokens: [B, G, T] int32 completions.
+    mask: [B, G, T] bool.
+    accepted: [B, K, L] int32, -1 beyond each answer's end; a row of -1 accepts nothing.
+    tags: of the tokenizer.
+
+  Returns:
+    [B, G] float32.
+  """
+  length = tokens.shape[-1]
+  at = jnp.arange(length).reshape(1, 1, -1)
+  opened = jnp.max(jnp.where(mask & (tokens == tags.answer), at, -1), axis=-1)
+  closing = mask & (tokens == tags.end_answer) & (at > opened[..., None])
+  closed = jnp.min(jnp.where(closing, at, length), axis=-1)
+  inside = (at > opened[..., None]) & (at < closed[..., None])
+  content = inside & ~jnp.asarray(tags.silent)[tokens]
+  first = jnp.min(jnp.where(content, at, length), axis=-1)
+  last = jnp.max(jnp.where(content, at, -1), axis=-1)
+
+  width = accepted.shape[-1]
+  window = first[..., None] + jnp.arange(width).reshape(1, 1, -1)  # B G L
+  said = jnp.take_along_axis(tokens, jnp.clip(window, 0, length - 1), axis=-1)
+  said = jnp.where(window <= last[..., None], said, -1)
+  same = jnp.all(said[:, :, None] == accepted[:, None], axis=-1)  # B G K
+  fits = (last - first < width) & (first < length)
+  valid = (opened >= 0) & (closed < length) & fits
+  return (valid & same.any(axis=-1)).astype(jnp.float32)
+
+
+def format_reward(
+  tokens: jax.Array, mask: jax.Array, tags: TagTable, *, prefill_think: bool
+) -> jax.Array:
+  """1 for one think block and one answer block in order, both with content, and nothing
+  but white space (and EOS) around them. Arguments and result as `accuracy`."""
+  length = tokens.shape[-1]
+  at = jnp.arange(length).reshape(1, 1, -1)
+  content = mask & ~jnp.asarray(tags.silent)[tokens]
+  order = (tags.think, tags.end_think, tags.answer, tags.end_answer)
+  if prefill_think:
+    once = ~jnp.any(mask & (tokens == tags.think), axis=-1)
+    places = [jnp.full(tokens.shape[:-1], -1)]
+    order = order[1:]
+  else:
+    once, places = jnp.ones(tokens.shape[:-1], bool), []
+  is_tag = tokens == tags.think
+  for tag in order:
+    here = mask & (tokens == tag)
+    is_tag = is_tag | here
+    once = once & (here.sum(axis=-1) == 1)
+    places.append(jnp.argmax(here, axis=-1))
+  think, end_think, answer, end_answer = places
+  ordered = (think < end_think) & (end_think < answer) & (answer < end_answer)
+  words = content & ~is_tag
+
+  def any_between(a, b):
+    return jnp.any(words & (at > a[..., None]) & (at < b[..., None]), axis=-1)
+
+  outside = (
+    jnp.any(words & (at < think[..., None]), axis=-1)
+    | any_between(end_think, answer)
+    | jnp.any(words & (at > end_answer[..., None]), axis=-1)
+  )
+  filled = any_between(think, end_think) & any_between(answer, end_answer)
+  return (once & ordered & filled & ~outside).astype(jnp.float32)
+
+
+def rule_reward(
+  tags: TagTable, *, accuracy_weight: float, format_weight: float, prefill_think: bool
+) -> Callable[[Any, Any], dict]:
+  """R_rule = w_acc R_acc + w_format R_format (R1, Eq. 4: both weights 1).
+
+  Returns:
+    A function (PromptBatch, Rollout) -> {"reward", "accuracy", "format"}, each [B, G].
+  """
+
+  def reward(prompts: Any, rollout: Any) -> dict:
+    acc = accuracy(rollout.tokens, rollout.mask, prompts.answers, tags)
+    form = format_reward(
+      rollout.tokens, rollout.mask, tags, prefill_think=prefill_think
+    )
+    total = accuracy_weight * acc + format_weight * form
+    return {"reward": total, "accuracy": acc, "format": form}
+
+  return reward

@@ -1,0 +1,211 @@
+"""G samples a prompt, in the graph.
+
+A prompt is prefilled once and its cache is shared by its group. Then one
+`lax.while_loop` writes a token a row: the rows' latent cache rides in the carry, every
+token's log-probability is kept, and the loop ends when all rows have.
+
+`start`, `advance` and `finish` are the pieces: `sample` joins them inside one program;
+long rollouts call `advance` again and again with a rising limit, with the same result.
+"""
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from r1jax import sharding
+from r1jax.models.mla import DecodeStep, Sequence
+from r1jax.models.policy import Policy, token_logprobs
+from r1jax.prompts import PromptBatch
+
+
+@struct.dataclass
+class Rollout:
+  tokens: jax.Array  # B G T int32, the completions, padded on the right
+  mask: jax.Array  # B G T bool, the sampled tokens, the stop token included
+  logprobs: jax.Array  # B G T float32, of the sampled (tempered) distribution; 0 in padding
+  entropy: jax.Array  # B G T float32, nats, of that distribution; 0 in padding
+  ended: jax.Array  # B G bool, a stop token was drawn; False means truncated
+
+  @property
+  def lengths(self) -> jax.Array:  # B G int32
+    return self.mask.sum(axis=-1)
+
+
+@struct.dataclass
+class Decoding:
+  """The carry of the loop."""
+
+  t: jax.Array  # [] int32, tokens written so far
+  tokens: jax.Array  # B G T
+  logprobs: jax.Array  # B G T
+  entropy: jax.Array  # B G T
+  lengths: jax.Array  # B G int32
+  done: jax.Array  # B G bool
+  hidden: jax.Array  # B G D, of the last token
+  prefix: jax.Array  # N B P C+R
+  suffix: jax.Array  # N B G T C+R
+
+
+def start(
+  policy: Policy,
+  params: dict,
+  router: dict,
+  prompts: PromptBatch,
+  *,
+  group_size: int,
+  max_tokens: int,
+  pad_id: int,
+) -> Decoding:
+  """Prefills each prompt once and sets up the loop's carry."""
+  batch = prompts.tokens.shape[0]
+  positions = jnp.maximum(jnp.cumsum(prompts.mask, axis=1) - 1, 0)
+  seq = Sequence(positions=positions, segments=prompts.mask.astype(jnp.int32))
+  out = policy.apply({"params": params, "router": router}, prompts.tokens, seq)
+  rows = (batch, group_size)
+  hidden = jnp.broadcast_to(out.hidden[:, -1:], (*rows, out.hidden.shape[-1]))
+  layers, _, _, latent = out.cache.shape
+  return Decoding(
+    t=jnp.zeros((), jnp.int32),
+    tokens=jnp.full((*rows, max_tokens), pad_id, jnp.int32),
+    logprobs=jnp.zeros((*rows, max_tokens), jnp.float32),
+    entropy=jnp.zeros((*rows, max_tokens), jnp.float32),
+    lengths=jnp.zeros(rows, jnp.int32),
+    done=jnp.zeros(rows, bool),
+    hidden=sharding.shard_batch(hidden),
+    prefix=out.cache,
+    suffix=jnp.zeros((layers, *rows, max_tokens, latent), out.cache.dtype),
+  )
+
+
+def advance(
+  policy: Policy,
+  params: dict,
+  router: dict,
+  prompts: PromptBatch,
+  carry: Decoding,
+  key: jax.Array,
+  limit: int | jax.Array,
+  *,
+  temperature: float,
+  stop_ids: tuple[int, ...],
+  pad_id: int,
+) -> Decoding:
+  """Decodes until `limit` tokens are written or every row has ended.
+
+  The draw of row r at token t uses fold_in(fold_in(key, r), t) alone, so that a
+  completion does not depend on where the loop was cut or on how rows are laid out.
+  """
+  variables = {"params": params, "router": router}
+  batch, group, length = carry.tokens.shape
+  row_keys = jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(batch * group))
+  prompt_lengths = prompts.mask.sum(axis=1)[:, None]
+
+  def draw(logits, t):
+    keys = jax.vmap(lambda k: jax.random.fold_in(k, t))(row_keys)
+    noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[-1:]))(keys)
+    return jnp.argmax(logits + noise.reshape(logits.shape), axis=-1).astype(jnp.int32)
+
+  def running(c: Decoding):
+    return (c.t < jnp.minimum(limit, length)) & ~jnp.all(c.done)
+
+  def body(c: Decoding) -> Decoding:
+    logits = policy.apply(variables, c.hidden, method="logits") / temperature
+    drawn = draw(logits, c.t)
+    token = jnp.where(c.done, pad_id, drawn)
+    logprob = jnp.where(c.done, 0.0, token_logprobs(logits, drawn))
+    entropy = jnp.where(c.done, 0.0, logits_entropy(logits))
+
+    def put(buffer, column):
+      return jax.lax.dynamic_update_slice(buffer, column[..., None], (0, 0, c.t))
+
+    at = DecodeStep(
+      positions=jnp.broadcast_to(prompt_lengths + c.t, token.shape),
+      prefix_mask=prompts.mask,
+      slot=c.t,
+    )
+    hidden, suffix = policy.apply(
+      variables, token, at, c.prefix, c.suffix, method="decode"
+    )
+    stops = (token[..., None] == jnp.asarray(stop_ids).reshape(1, 1, -1)).any(-1)
+    return Decoding(
+      t=c.t + 1,
+      tokens=put(c.tokens, token),
+      logprobs=put(c.logprobs, logprob),
+      entropy=put(c.entropy, entropy),
+      lengths=c.lengths + ~c.done,
+      done=c.done | stops,
+      hidden=hidden,
+      prefix=c.prefix,
+      suffix=suffix,
+    )
+
+  return jax.lax.while_loop(running, body, carry)
+
+
+def finish(carry: Decoding) -> Rollout:
+  written = jnp.arange(carry.tokens.shape[-1])[None, None]
+  return Rollout(
+    tokens=carry.tokens,
+    mask=written < carry.lengths[..., None],
+    logprobs=carry.logprobs,
+    entropy=carry.entropy,
+    ended=carry.done,
+  )
+
+
+def sample(
+  policy: Policy,
+  params: dict,
+  router: dict,
+  prompts: PromptBatch,
+  key: jax.Array,
+  *,
+  group_size: int,
+  max_tokens: int,
+  temperature: float,
+  stop_ids: tuple[int, ...],
+  pad_id: int,
+) -> Rollout:
+  """A whole rollout of G completions a prompt.
+
+  Args:
+    policy: the network.
+    params: its parameters.
+    router: its router biases.
+    prompts: B left-padded prompts.
+    key: of this rollout.
+    group_size: G.
+    max_tokens: T, the output window; a row that fills it is truncated.
+    temperature: divides the logits; the log-probabilities are of the tempered
+      distribution. The paper samples at 1.
+    stop_ids: tokens that end a row (EOS; `</answer>` with `stop_on_answer`).
+    pad_id: fills rows after their end.
+  """
+  carry = start(
+    policy,
+    params,
+    router,
+    prompts,
+    group_size=group_size,
+    max_tokens=max_tokens,
+    pad_id=pad_id,
+  )
+  carry = advance(
+    policy,
+    params,
+    router,
+    prompts,
+    carry,
+    key,
+    max_tokens,
+    temperature=temperature,
+    stop_ids=stop_ids,
+    pad_id=pad_id,
+  )
+  return finish(carry)
+
+
+def logits_entropy(logits: jax.Array) -> jax.Array:
+  """-sum p log p in nats. Args: logits [..., V] float32."""
+  logp = jax.nn.log_softmax(logits, axis=-1)
+  return -jnp.sum(jnp.exp(logp) * logp, axis=-1)

@@ -1,0 +1,83 @@
+"""Next-token cross-entropy: pre-training of the miniature's base, and SFT.
+
+A batch holds packed rows; `targets` names the tokens that are learned (all of a page in
+pre-training, the completion alone in SFT).
+"""
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from r1jax.models import moe
+from r1jax.models.mla import Sequence
+from r1jax.models.policy import Policy, token_logprobs
+from r1jax.train_state import TrainState
+
+
+@struct.dataclass
+class Pages:
+  tokens: jax.Array  # B W int32
+  segments: jax.Array  # B W int32, 0 padding; a page sees itself alone
+  targets: jax.Array  # B W bool, tokens to be learned (never a page's first)
+
+
+def positions(segments: jax.Array) -> jax.Array:
+  """[B, W] int32 places within each segment, counted from 0."""
+  at = jnp.arange(segments.shape[1])[None]
+  new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+  return at - jax.lax.cummax(jnp.where(new, at, 0), axis=1)
+
+
+def loss_fn(
+  policy: Policy, params: dict, router: dict, pages: Pages, *, mtp_coef: float = 0.0
+) -> tuple[jax.Array, tuple[dict, dict]]:
+  """Mean negative log-likelihood over the targets, plus mtp_coef times the MTP loss
+  (DeepSeek-V3 report, Eq. 24-25: -mean log P(t_i+2), same page only)."""
+  variables = {"params": params, "router": router}
+  seq = Sequence(positions=positions(pages.segments), segments=pages.segments)
+  out = policy.apply(variables, pages.tokens, seq)
+  load = out.load
+
+  def nll(hidden, ahead):
+    logits = policy.apply(variables, hidden[:, :-ahead], method="logits")
+    same = pages.segments[:, ahead:] == pages.segments[:, :-ahead]
+    wanted = pages.targets[:, ahead:] & same & (pages.segments[:, ahead:] > 0)
+    logprobs = token_logprobs(logits, pages.tokens[:, ahead:])
+    return -jnp.where(wanted, logprobs, 0.0).sum() / jnp.maximum(wanted.sum(), 1)
+
+  loss = nll(out.hidden, 1)
+  metrics = {"nll": loss}
+  if mtp_coef:
+    hidden, mtp_load = policy.apply(
+      variables, out.trunk, pages.tokens, seq, method="mtp"
+    )
+    metrics["mtp_nll"] = nll(hidden, 2)
+    loss = loss + mtp_coef * metrics["mtp_nll"]
+    load = {**load, **mtp_load}
+  return loss, (metrics, load)
+
+
+def step(
+  state: TrainState,
+  pages: Pages,
+  *,
+  policy: Policy,
+  optimizer: optax.GradientTransformation,
+  router_bias_rate: float,
+  mtp_coef: float = 0.0,
+) -> tuple[TrainState, dict]:
+  """One update of parameters and router biases."""
+
+  def loss(params):
+    return loss_fn(policy, params, state.router, pages, mtp_coef=mtp_coef)
+
+  (_, (metrics, load)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  state = state.replace(
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    router=moe.balance(state.router, load, router_bias_rate),
+    opt_state=opt_state,
+  )
+  return state, {**metrics, "grad_norm": optax.global_norm(grads)}

@@ -1,0 +1,89 @@
+"""The mesh and the one mapping from logical axes of arrays to mesh axes.
+
+Weights carry logical names (`embed`, `heads`, `experts`, ...); only this file and the
+configs know the mesh axes `fsdp`, `expert` and `tensor`.
+"""
+
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from r1jax.errors import UserError
+
+AXES = ("fsdp", "expert", "tensor")
+
+# Logical axis -> mesh axis (None: replicated). The batch of prompts is spread over every
+# axis that does not split a matrix product.
+RULES = (
+  ("batch", ("fsdp", "expert")),
+  ("embed", "fsdp"),
+  ("vocab", "tensor"),
+  ("heads", "tensor"),
+  ("ffn", "tensor"),
+  ("experts", "expert"),
+  ("latent", None),
+  ("head_dim", None),
+  ("norm", None),
+  ("layers", None),
+)
+
+
+def make_mesh(shape: tuple[int, int, int], devices: list | None = None) -> Mesh:
+  """A mesh (fsdp, expert, tensor) over exactly the devices at hand.
+
+  Args:
+    shape: the three axis sizes; one of them may be -1 and takes what is left.
+    devices: default `jax.devices()`.
+
+  Raises:
+    UserError: the product of `shape` is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  shape = tuple(shape)
+  if shape.count(-1) == 1:
+    rest = math.prod(s for s in shape if s != -1)
+    shape = tuple(max(len(devices) // rest, 1) if s == -1 else s for s in shape)
+  if len(shape) != 3 or min(shape) < 1 or math.prod(shape) != len(devices):
+    raise UserError(
+      f"config.mesh={shape} (fsdp, expert, tensor) needs {abs(math.prod(shape))} devices"
+      f" and this process sees {len(devices)} ({devices[0].device_kind}). Use sizes"
+      f" whose product is {len(devices)}, for example (-1, 1, 1), or start where"
+      " there are enough devices."
+    )
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def data_shards(mesh: Mesh) -> int:
+  """Into how many parts the batch of prompts is cut."""
+  return mesh.shape["fsdp"] * mesh.shape["expert"]
+
+
+def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
+  """NamedShardings for a tree of `nn.Partitioned` boxes (as `jax.eval_shape` of init)."""
+  specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+  return jax.tree.map(
+    lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
+  )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows of prompts, rollouts and pages: cut along their first axis."""
+  return NamedSharding(mesh, P(("fsdp", "expert")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def shard_batch(x: jax.Array) -> jax.Array:
+  """Keeps the first axis of an activation cut over the data axes of the current mesh.
+
+  Without a mesh (`jax.set_mesh`) it is the identity.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, P(("fsdp", "expert")))
