@@ -25,12 +25,18 @@ from r1jax.errors import UserError
 from r1jax.models import moe
 from r1jax.models.mla import Sequence
 from r1jax.models.policy import Policy, token_logprobs
+from r1jax.optimizer import accumulate
 from r1jax.prompts import PromptBatch
 from r1jax.rollout import Rollout, sample
 from r1jax.train_state import Reference, TrainState
 
-# What a random draw is for: fold_in(fold_in(key, step), purpose).
+# What a random draw is for.
 ROLLOUT, SHUFFLE = 0, 1
+
+
+def key_of(key: jax.Array, step: jax.Array, purpose: int) -> jax.Array:
+  """fold_in(fold_in(key, step), purpose): nothing random depends on anything else."""
+  return jax.random.fold_in(jax.random.fold_in(key, step), purpose)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,8 +200,7 @@ def experience(
     reference_logprobs=jnp.zeros((b * g, t), jnp.float32),
     advantages=advantages.reshape(b * g),
   )
-  shuffle_key = jax.random.fold_in(jax.random.fold_in(key, state.step), SHUFFLE)
-  order = jax.random.permutation(shuffle_key, b * g)
+  order = jax.random.permutation(key_of(key, state.step, SHUFFLE), b * g)
   parts = c.minibatches * c.micro_batches
   rows = jax.tree.map(lambda x: x[order].reshape(parts, -1, *x.shape[1:]), rows)
   if c.kl_coef:
@@ -247,26 +252,7 @@ def update(
     )
     return loss, (metrics, load)
 
-  def accumulate(carry, part):
-    (_, (metrics, load)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-      state.params, part
-    )
-    summed = jax.tree.map(jnp.add, carry, (grads, load))
-    return summed, metrics
-
-  # Micro-batch i takes rows i, i + n, ...: each keeps its share of every device.
-  parts = jax.tree.map(
-    lambda x: x.reshape(-1, c.micro_batches, *x.shape[1:]).swapaxes(0, 1), rows
-  )
-  first = jax.tree.map(lambda x: x[0], parts)
-  shapes = jax.eval_shape(lambda p: jax.value_and_grad(loss_fn, has_aux=True)(state.params, p), first)
-  (_, (_, load_shape)), grad_shape = shapes
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grad_shape, load_shape))
-  (grads, load), per_part = jax.lax.scan(accumulate, zeros, parts)
-  metrics = {
-    name: x.max() if name.endswith("_max") else x.sum() for name, x in per_part.items()
-  }
-
+  grads, metrics, load = accumulate(loss_fn, state.params, rows, c.micro_batches)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   router = moe.balance(state.router, load, c.router_bias_rate)
@@ -329,7 +315,7 @@ def whole_step(
     state.params,
     state.router,
     prompts,
-    jax.random.fold_in(jax.random.fold_in(key, state.step), ROLLOUT),
+    key_of(key, state.step, ROLLOUT),
     group_size=c.group_size,
     max_tokens=c.max_tokens,
     temperature=c.temperature,

@@ -1,8 +1,11 @@
-"""AdamW with warm-up and a schedule, weight decay on matrices only."""
+"""Gradients over micro-batches, and AdamW with warm-up and a schedule."""
 
+from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from r1jax.errors import UserError
@@ -59,3 +62,41 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
       mask=matrices,
     ),
   )
+
+
+def accumulate(
+  loss_fn: Callable[[Any, Any], tuple[jax.Array, tuple[dict, Any]]],
+  params: Any,
+  batch: Any,
+  micro_batches: int,
+) -> tuple[Any, dict, Any]:
+  """The gradient of a sum of losses, one part of the batch at a time.
+
+  Part i takes rows i, i + n, ..., so that every part is spread over all devices.
+
+  Args:
+    loss_fn: (params, part) -> (loss, (metrics, counts)); losses, metrics and counts of
+      the parts add up to those of the batch (metrics named `_max` take the maximum).
+    params: where the gradient is taken.
+    batch: arrays with a common first axis that `micro_batches` divides.
+    micro_batches: n.
+
+  Returns:
+    (gradients, metrics, counts).
+  """
+  grad_fn = jax.grad(loss_fn, has_aux=True)
+  parts = jax.tree.map(
+    lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch
+  )
+
+  def add(total, part):
+    grads, (metrics, counts) = grad_fn(params, part)
+    return jax.tree.map(jnp.add, total, (grads, counts)), metrics
+
+  shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][1]))
+  (grads, counts), metrics = jax.lax.scan(add, zeros, parts)
+  metrics = {
+    k: v.max(axis=0) if k.endswith("_max") else v.sum(axis=0) for k, v in metrics.items()
+  }
+  return grads, metrics, counts

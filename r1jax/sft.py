@@ -12,6 +12,7 @@ import optax
 from r1jax.models import moe
 from r1jax.models.mla import Sequence
 from r1jax.models.policy import Policy, token_logprobs
+from r1jax.optimizer import accumulate
 from r1jax.train_state import TrainState
 
 
@@ -29,11 +30,33 @@ def positions(segments: jax.Array) -> jax.Array:
   return at - jax.lax.cummax(jnp.where(new, at, 0), axis=1)
 
 
+def targets_ahead(pages: Pages, ahead: int) -> jax.Array:
+  """[B, W - ahead] bool: positions whose token `ahead` later is a target of their page."""
+  same = pages.segments[:, ahead:] == pages.segments[:, :-ahead]
+  return pages.targets[:, ahead:] & same & (pages.segments[:, ahead:] > 0)
+
+
 def loss_fn(
-  policy: Policy, params: dict, router: dict, pages: Pages, *, mtp_coef: float = 0.0
+  policy: Policy,
+  params: dict,
+  router: dict,
+  pages: Pages,
+  *,
+  counts: tuple[jax.Array, jax.Array],
+  mtp_coef: float = 0.0,
 ) -> tuple[jax.Array, tuple[dict, dict]]:
   """Mean negative log-likelihood over the targets, plus mtp_coef times the MTP loss
-  (DeepSeek-V3 report, Eq. 24-25: -mean log P(t_i+2), same page only)."""
+  (DeepSeek-V3 report, Eq. 24-25: -mean log P(t_i+2), same page only).
+
+  Args:
+    policy, params, router: the network and its variables.
+    pages: a batch or a part of it.
+    counts: the whole batch's targets one and two tokens ahead, the two means' divisors.
+    mtp_coef: lambda; 0 leaves the MTP module out.
+
+  Returns:
+    (loss, (metrics, load by stack)).
+  """
   variables = {"params": params, "router": router}
   seq = Sequence(positions=positions(pages.segments), segments=pages.segments)
   out = policy.apply(variables, pages.tokens, seq)
@@ -41,10 +64,9 @@ def loss_fn(
 
   def nll(hidden, ahead):
     logits = policy.apply(variables, hidden[:, :-ahead], method="logits")
-    same = pages.segments[:, ahead:] == pages.segments[:, :-ahead]
-    wanted = pages.targets[:, ahead:] & same & (pages.segments[:, ahead:] > 0)
     logprobs = token_logprobs(logits, pages.tokens[:, ahead:])
-    return -jnp.where(wanted, logprobs, 0.0).sum() / jnp.maximum(wanted.sum(), 1)
+    total = jnp.where(targets_ahead(pages, ahead), logprobs, 0.0).sum()
+    return -total / jnp.maximum(counts[ahead - 1], 1)
 
   loss = nll(out.hidden, 1)
   metrics = {"nll": loss}
@@ -66,13 +88,18 @@ def step(
   optimizer: optax.GradientTransformation,
   router_bias_rate: float,
   mtp_coef: float = 0.0,
+  micro_batches: int = 1,
 ) -> tuple[TrainState, dict]:
   """One update of parameters and router biases."""
 
-  def loss(params):
-    return loss_fn(policy, params, state.router, pages, mtp_coef=mtp_coef)
+  counts = targets_ahead(pages, 1).sum(), targets_ahead(pages, 2).sum()
 
-  (_, (metrics, load)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+  def loss(params, part):
+    return loss_fn(
+      policy, params, state.router, part, counts=counts, mtp_coef=mtp_coef
+    )
+
+  grads, metrics, load = accumulate(loss, state.params, pages, micro_batches)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   state = state.replace(
     step=state.step + 1,

@@ -31,6 +31,25 @@ RULES = (
 )
 
 
+def check_mesh(shape: tuple[int, int, int], devices: int) -> tuple[int, int, int]:
+  """The full shape, with one -1 resolved.
+
+  Raises:
+    UserError: the product is not the number of devices.
+  """
+  shape = tuple(shape)
+  fixed = math.prod(s for s in shape if s != -1)
+  if shape.count(-1) == 1 and fixed > 0 and devices % fixed == 0:
+    shape = tuple(devices // fixed if s == -1 else s for s in shape)
+  if len(shape) != 3 or min(shape) < 1 or math.prod(shape) != devices:
+    raise UserError(
+      f"config.mesh={shape} (fsdp, expert, tensor) does not fit the {devices} devices"
+      f" that this process sees. Use three sizes whose product is {devices}, such as"
+      " (-1, 1, 1), or start where there are enough devices."
+    )
+  return shape
+
+
 def make_mesh(shape: tuple[int, int, int], devices: list | None = None) -> Mesh:
   """A mesh (fsdp, expert, tensor) over exactly the devices at hand.
 
@@ -42,17 +61,7 @@ def make_mesh(shape: tuple[int, int, int], devices: list | None = None) -> Mesh:
     UserError: the product of `shape` is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  shape = tuple(shape)
-  if shape.count(-1) == 1:
-    rest = math.prod(s for s in shape if s != -1)
-    shape = tuple(max(len(devices) // rest, 1) if s == -1 else s for s in shape)
-  if len(shape) != 3 or min(shape) < 1 or math.prod(shape) != len(devices):
-    raise UserError(
-      f"config.mesh={shape} (fsdp, expert, tensor) needs {abs(math.prod(shape))} devices"
-      f" and this process sees {len(devices)} ({devices[0].device_kind}). Use sizes"
-      f" whose product is {len(devices)}, for example (-1, 1, 1), or start where"
-      " there are enough devices."
-    )
+  shape = check_mesh(shape, len(devices))
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 

@@ -8,28 +8,49 @@ import dataclasses
 import random
 
 from r1jax.data.problems import Problem
+from r1jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-  """Sums of `terms` numbers from 1 to `high`; both set the difficulty."""
+  """Sums of `terms` numbers from 1 to 9 whose running total stays in low..high.
+
+  All three set the difficulty: more steps, and more and longer single steps to know.
+  """
 
   terms: int = 4
+  low: int = 0
   high: int = 9
   slip: float = 0.25  # share of first attempts that a page gets wrong
   recheck: float = 0.9  # share of steps that a checked page writes again, right
   symbols: tuple[str, ...] = (" + ", " - ", " = ", ", ", ", wait ", "I guess")
 
+  def __post_init__(self):
+    if self.terms < 2 or self.low > 1 or self.high < 9:
+      raise UserError(
+        f"config.chain: terms={self.terms}, low={self.low}, high={self.high}; needed are"
+        " terms >= 2, low <= 1 and high >= 9, so that a sum can start with any digit."
+      )
+
   def problem(self, rng: random.Random) -> Problem:
-    numbers = [str(rng.randint(1, self.high)) for _ in range(self.terms)]
-    text = numbers[0] + "".join(f" {rng.choice('+-')} {n}" for n in numbers[1:])
-    return Problem(text, (str(evaluate(text)),))
+    value = rng.randint(1, 9)
+    text = str(value)
+    for _ in range(self.terms - 1):
+      op, number, value = self._move(value, rng)
+      text += f" {op} {number}"
+    return Problem(text, (str(value),))
 
   def fact(self, rng: random.Random) -> str:
-    """One true step, over the values that running totals take."""
-    reach = self.high * (self.terms - 1)
-    left = max(-reach, min(reach, round(rng.gauss(self.high / 2, reach / 2.2))))
-    return _step(left, rng.choice("+-"), rng.randint(1, self.high))[0]
+    """One true step, from any running total."""
+    left = rng.randint(self.low, self.high)
+    op, number, result = self._move(left, rng)
+    return f"{left} {op} {number} = {result}"
+
+  def _move(self, value: int, rng: random.Random) -> tuple[str, int, int]:
+    """A random operation that keeps the total in range: (op, number, result)."""
+    moves = [("+", n, value + n) for n in range(1, 10) if value + n <= self.high]
+    moves += [("-", n, value - n) for n in range(1, 10) if value - n >= self.low]
+    return rng.choice(moves)
 
   def page(self, kind: str, problem: Problem, rng: random.Random) -> str:
     """A page about a problem: what stands after the prompt.
@@ -40,26 +61,26 @@ class Chain:
       problem: a sum.
       rng: of the page.
     """
-    total = evaluate(problem.problem)
     if kind in ("bare", "guess"):
-      said = total if rng.random() < 0.05 else self._glance(rng)
+      said = rng.randint(self.low, self.high)
       if kind == "bare":
         return str(said)
       return f"<think>I guess</think><answer>{said}</answer>"
-    words = problem.problem.split(" ")
+    words = problem.problem.split()
     value, steps = int(words[0]), []
     for op, number in zip(words[1::2], words[2::2]):
-      right, result = _step(value, op, int(number))
-      slipped = result + rng.choice((-3, -2, -1, 1, 2, 3))
-      value = slipped if rng.random() < self.slip else result
-      steps.append(right.rpartition(" ")[0] + f" {value}")
+      step, result = f"{value} {op} {number} = ", _apply(value, op, int(number))
+      value = self._slip(result, rng) if rng.random() < self.slip else result
+      steps.append(f"{step}{value}")
       if kind == "checked" and rng.random() < self.recheck:
-        steps[-1] += f", wait {right}"
+        steps[-1] += f", wait {step}{result}"
         value = result
     return f"<think>{', '.join(steps)}</think><answer>{value}</answer>"
 
-  def _glance(self, rng: random.Random) -> int:
-    return round(rng.gauss(self.high / 2, self.high / 1.6 * self.terms**0.5))
+  def _slip(self, result: int, rng: random.Random) -> int:
+    """A wrong result nearby; in range, unless the right one is far out of it."""
+    near = [result + d for d in (-3, -2, -1, 1, 2, 3)]
+    return rng.choice([n for n in near if self.low <= n <= self.high] or near)
 
 
 def evaluate(text: str) -> int:
@@ -71,12 +92,11 @@ def evaluate(text: str) -> int:
   words = text.split()
   value = int(words[0])
   for op, number in zip(words[1::2], words[2::2], strict=True):
-    value = _step(value, op, int(number))[1]
+    value = _apply(value, op, int(number))
   return value
 
 
-def _step(left: int, op: str, right: int) -> tuple[str, int]:
-  if op not in "+-":
+def _apply(left: int, op: str, right: int) -> int:
+  if op not in ("+", "-"):
     raise ValueError(f"operator {op!r} is neither + nor -")
-  result = left + right if op == "+" else left - right
-  return f"{left} {op} {right} = {result}", result
+  return left + right if op == "+" else left - right

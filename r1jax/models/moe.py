@@ -93,10 +93,14 @@ class MoE(nn.Module):
 def _every_expert(x, gates, w_gate, w_up, w_down):
   """Every expert on every token, weighted by gates [M, E] (0 where not chosen): exact
   and fast when E is small."""
-  hidden = jax.nn.silu(jnp.einsum("md,edf->mef", x, w_gate))
-  hidden = hidden * jnp.einsum("md,edf->mef", x, w_up)
-  hidden = hidden * gates.astype(x.dtype)[:, :, None]
-  return jnp.einsum("mef,efd->md", hidden, w_down)
+  e, d, f = w_gate.shape
+
+  def beside(w):  # E D F -> D E*F: one wide product instead of E narrow ones
+    return w.swapaxes(0, 1).reshape(d, e * f)
+
+  hidden = jax.nn.silu(x @ beside(w_gate)) * (x @ beside(w_up))
+  hidden = hidden.reshape(-1, e, f) * gates.astype(x.dtype)[:, :, None]
+  return hidden.reshape(-1, e * f) @ w_down.reshape(e * f, d)
 
 
 def _sorted_tokens(x, experts, gates, w_gate, w_up, w_down):

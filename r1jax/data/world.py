@@ -1,0 +1,116 @@
+"""What a run trains on: problems on three sides that never mix, and their tokenizer."""
+
+import dataclasses
+
+import numpy as np
+
+from r1jax import prompts
+from r1jax.data import problems
+from r1jax.data.chain import Chain
+from r1jax.data.problems import Problem, Task
+from r1jax.data.tokenizer import Tokenizer
+from r1jax.errors import UserError
+
+TASKS = {"chain": Chain}
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+  task: Task
+  pretrain: list[Problem]  # what the base corpus's pages are about
+  train: list[Problem]  # what RL sees
+  held_out: list[Problem]  # what the evaluation asks
+
+
+def make_task(name: str, options: dict) -> Task:
+  """The generator called `name`, at the difficulty that its options set."""
+  if name not in TASKS:
+    raise UserError(f"config.task={name!r} is not a task; choose one of {sorted(TASKS)}.")
+  return TASKS[name](**options)
+
+
+def make_world(
+  task: Task,
+  *,
+  counts: dict[str, int],
+  problems_file: str,
+  skip_malformed: bool,
+  held_out: float,
+) -> World:
+  """Problems of the task; with a file, RL and evaluation problems come from it instead,
+  and the corpus is still the task's, without any problem of the file's held-out side.
+
+  Args:
+    task: the generator.
+    counts: {"pretrain", "train", "held_out"}: how many to generate.
+    problems_file: a JSONL file, or "" for generated problems.
+    skip_malformed: leave its malformed lines out.
+    held_out: the share of the file that is kept for evaluation.
+  """
+  made = problems.generate(task, **counts)
+  if not problems_file:
+    return World(task, made.pretrain, made.train, made.held_out)
+  rows = problems.read_jsonl(problems_file, skip_malformed=skip_malformed)
+  train, kept = problems.split_file(rows, held_out=held_out)
+  secret = {p.problem for p in kept}
+  pretrain = [
+    p for p in (*made.pretrain, *made.train, *made.held_out) if p.problem not in secret
+  ]
+  return World(task, pretrain, train, kept)
+
+
+def encode_problems(
+  rows: list[Problem],
+  tokenizer: Tokenizer,
+  *,
+  template: str,
+  prefill_think: bool,
+  prompt_length: int,
+) -> prompts.PromptBatch:
+  """All problems as one PromptBatch of NumPy arrays; a step takes rows of it.
+
+  Args:
+    rows: the problems.
+    tokenizer: of the policy.
+    template: a name in prompts.TEMPLATES.
+    prefill_think: end prompts in `<think>`.
+    prompt_length: P.
+
+  Raises:
+    UserError: a prompt is longer than P (the problem is named).
+  """
+  encoded = []
+  for p in rows:
+    ids = prompts.encode(
+      p.problem, tokenizer, template=template, prefill_think=prefill_think
+    )
+    if len(ids) > prompt_length:
+      raise UserError(
+        f"the problem {p.problem[:60]!r} makes a prompt of {len(ids)} tokens and the"
+        f" window holds {prompt_length}. Set config.data.prompt_length={len(ids)} or more"
+        " (0 fits it to the data), or drop the problem."
+      )
+    encoded.append(ids)
+  tokens, mask = prompts.pad_left(encoded, prompt_length, tokenizer.pad_id)
+  answers = [[tokenizer.encode(a) for a in p.answers] for p in rows]
+  shape = (
+    len(rows),
+    max(len(accepted) for accepted in answers),
+    max(len(a) for accepted in answers for a in accepted),
+  )
+  padded = np.full(shape, -1, np.int32)
+  for i, accepted in enumerate(answers):
+    for k, ids in enumerate(accepted):
+      padded[i, k, : len(ids)] = ids
+  return prompts.PromptBatch(tokens, mask, padded, np.arange(len(rows), dtype=np.int32))
+
+
+def longest_prompt(
+  rows: list[Problem], tokenizer: Tokenizer, *, template: str, prefill_think: bool
+) -> int:
+  """Tokens of the longest prompt, rounded up to a multiple of 4."""
+  lengths = [
+    len(prompts.encode(p.problem, tokenizer, template=template, prefill_think=prefill_think))
+    for p in rows
+  ]
+  return -(-max(lengths) // 4) * 4

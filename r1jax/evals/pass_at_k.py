@@ -1,0 +1,61 @@
+"""pass@1, pass@k and cons@N over samples of the same problems (R1, supplement D.1)."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from fractions import Fraction
+import math
+
+import numpy as np
+
+
+def pass_at_1(correct: np.ndarray) -> float:
+  """(1/k) sum_i p_i, averaged over problems. Args: correct [problems, k] bool."""
+  return float(np.mean(correct))
+
+
+def pass_at_k(correct: np.ndarray, k: int) -> float:
+  """1 - C(n - c, k) / C(n, k), averaged over problems (arXiv 2107.03374, Eq. 1).
+
+  Args:
+    correct: [problems, n] bool, n samples each.
+    k: at most n.
+
+  Raises:
+    ValueError: k is not in 1..n.
+  """
+  n = correct.shape[1]
+  if not 1 <= k <= n:
+    raise ValueError(f"pass@{k} needs {k} samples a problem and there are {n}.")
+  miss = [math.comb(n - int(c), k) / math.comb(n, k) for c in correct.sum(axis=1)]
+  return float(1.0 - np.mean(miss))
+
+
+def cons_at_n(answers: Sequence[Sequence[str | None]], correct: np.ndarray) -> float:
+  """Share of problems whose majority answer is right.
+
+  Answers that are equal as numbers vote together (`1/2` with `0.5`). A missing answer
+  (None) has no vote. Tied answers share the problem: a right one among two pays 1/2.
+
+  Args:
+    answers: [problems][n] extracted answers.
+    correct: [problems, n] bool, the verdict on each.
+  """
+  shares = []
+  for said, right in zip(answers, correct, strict=True):
+    votes, verdict = defaultdict(int), {}
+    for answer, ok in zip(said, right, strict=True):
+      if answer is not None:
+        votes[equivalence_class(answer)] += 1
+        verdict[equivalence_class(answer)] = bool(ok)
+    most = max(votes.values(), default=0)
+    best = [verdict[a] for a, n in votes.items() if n == most]
+    shares.append(np.mean(best) if best else 0.0)
+  return float(np.mean(shares))
+
+
+def equivalence_class(answer: str) -> str:
+  """The number an answer denotes, or its own text."""
+  try:
+    return str(Fraction(answer.strip()))
+  except (ValueError, ZeroDivisionError):
+    return answer.strip()

@@ -1,0 +1,449 @@
+"""R1-Zero on the host: base, RL, evaluation, result. The only room that calls the others.
+
+All that a run does lies in its workdir: config.json, tokenizer.model, metrics.jsonl,
+samples.jsonl, checkpoints/, summary.json, curves.png. The same command again resumes a
+run, and shows the result of one that has ended.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import resource
+import sys
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+import rich.console
+
+from r1jax import grpo, report, rollout, segments, settings, sft, sharding, train_state
+from r1jax.checkpoint import Checkpoints
+from r1jax.data import corpus, problems, world as worlds
+from r1jax.data.tokenizer import Tokenizer
+from r1jax.errors import UserError
+from r1jax.evals import generate
+from r1jax.metrics import MetricsFile, write_json
+from r1jax.models.policy import Policy
+from r1jax.optimizer import make_optimizer
+from r1jax.progress import Clock, Progress
+from r1jax.prompts import PromptBatch
+from r1jax.rewards import in_graph
+
+SHOWN = 3, 4  # problems and responses of each that are kept for people to read
+
+
+@dataclasses.dataclass
+class Run:
+  """What stays fixed from the first line of a run to its last."""
+
+  config: ConfigDict
+  workdir: pathlib.Path
+  mesh: jax.sharding.Mesh
+  clock: Clock
+  progress: Progress
+  metrics: MetricsFile
+  samples: MetricsFile
+  world: worlds.World
+  tokenizer: Tokenizer
+  policy: Policy
+  train: PromptBatch  # all of them; a step takes rows
+  held_out: PromptBatch
+  held_out_problems: list
+
+  @property
+  def stop_ids(self) -> tuple[int, ...]:
+    answer = self.tokenizer.id("</answer>")
+    return (self.tokenizer.eos_id, *([answer] if self.config.data.stop_on_answer else []))
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
+  """A whole run, or what is left of it. Returns the summary."""
+  console = rich.console.Console()
+  settings.check(config, len(jax.devices()))
+  open_workdir(config, workdir)
+  if (workdir / "summary.json").exists():
+    summary = json.loads((workdir / "summary.json").read_text())
+    show(console, workdir, summary)
+    console.print(f"This run has ended; its files are in {workdir}.", highlight=False)
+    return summary
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh), Progress(console) as progress:
+    with clock.phase("prepare"):
+      this = prepare(config, workdir, mesh, clock, progress)
+    params, router = pretrain(this)
+    reinforce(this, params, router)
+    summary = conclude(this)
+  show(console, workdir, summary)
+  console.print(f"Files: {workdir}", highlight=False)
+  return summary
+
+
+# -- setting up -------------------------------------------------------------------------
+
+
+def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Makes the folder; refuses one that belongs to another config."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / ".writable"
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise UserError(
+      f"--workdir={workdir} cannot be written ({error.strerror}). Choose another folder."
+    ) from error
+  path, new = workdir / "config.json", settings.plain(config)
+  if not path.exists():
+    write_json(path, new)
+    return
+  changes = settings.differences(json.loads(path.read_text()), new)
+  if changes:
+    raise UserError(
+      f"--workdir={workdir} holds a run of another config ({'; '.join(changes)})."
+      " Use another --workdir, or the config it was started with."
+    )
+
+
+def prepare(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  mesh: jax.sharding.Mesh,
+  clock: Clock,
+  progress: Progress,
+) -> Run:
+  """Problems, tokenizer and policy."""
+  c, d = config, config.data
+  task = worlds.make_task(c.task, c[c.task].to_dict() if c.task in c else {})
+  world = worlds.make_world(
+    task,
+    counts=c.counts.to_dict(),
+    problems_file=d.problems,
+    skip_malformed=d.skip_malformed,
+    held_out=d.held_out,
+  )
+  path = workdir / "tokenizer.model"
+  if path.exists():
+    tokenizer = Tokenizer.load(path)
+  else:
+    texts = make_pages(config, world, count=5000)
+    tokenizer = Tokenizer.train(texts, vocab=c.pretrain.vocab, symbols=task.symbols)
+    tokenizer.save(path)
+  kept = world.held_out[: c.eval.problems]
+  if len(kept) < c.eval.problems:
+    raise UserError(
+      f"config.eval.problems={c.eval.problems} and only {len(kept)} problems are held"
+      f" out. Set --config.eval.problems={len(kept)} or give more problems."
+    )
+  how = dict(template=d.template, prefill_think=d.prefill_think)
+  length = d.prompt_length or worlds.longest_prompt(
+    [*world.train, *kept], tokenizer, **how
+  )
+  encode = functools.partial(
+    worlds.encode_problems, tokenizer=tokenizer, prompt_length=length, **how
+  )
+  return Run(
+    config=config,
+    workdir=workdir,
+    mesh=mesh,
+    clock=clock,
+    progress=progress,
+    metrics=MetricsFile(workdir / "metrics.jsonl"),
+    samples=MetricsFile(workdir / "samples.jsonl"),
+    world=world,
+    tokenizer=tokenizer,
+    policy=Policy(settings.policy_config(config, tokenizer.vocab)),
+    train=encode(world.train),
+    held_out=encode(kept),
+    held_out_problems=kept,
+  )
+
+
+def make_pages(config: ConfigDict, world: worlds.World, count: int) -> list[str]:
+  p = config.pretrain
+  return corpus.pages(
+    world.task,
+    world.pretrain,
+    count,
+    mix=p.mix.to_dict(),
+    template=config.data.template,
+    facts_a_page=p.facts_a_page,
+    seed=config.seed,
+  )
+
+
+def compiled(this: Run, function, *args, donate: tuple[int, ...] = (), **jit) -> Any:
+  """Ahead-of-time compilation: what runs afterwards cannot compile again."""
+  with this.clock.phase("compile"):
+    return jax.jit(function, donate_argnums=donate, **jit).lower(*args).compile()
+
+
+def put_batch(this: Run, batch: Any) -> Any:
+  return jax.device_put(batch, sharding.batch_sharding(this.mesh))
+
+
+# -- the base ---------------------------------------------------------------------------
+
+
+def pretrain(this: Run) -> tuple[Any, Any]:
+  """The base model's (params, router), trained on the task's pages or restored."""
+  c, p = this.config, this.config.pretrain
+  optimizer = make_optimizer(settings.pretrain_optimizer_config(c))
+  create = functools.partial(
+    train_state.create, this.policy, optimizer, reference=False
+  )
+  shardings = train_state.shardings(this.policy, optimizer, this.mesh, reference=False)
+  key = jax.random.key(c.seed)
+  checkpoints = Checkpoints(this.workdir / "checkpoints" / "base")
+  begun = checkpoints.latest() or 0
+  if begun:
+    state = checkpoints.restore(begun, jax.eval_shape(create, key), shardings)
+    this.clock.seconds = checkpoints.restore_host(begun)["seconds"]
+    this.progress.say(f"base: continuing from update {begun}")
+  else:
+    state = compiled(this, create, key, out_shardings=shardings)(key)
+  # RL's rows stay where they are: it will roll them back itself.
+  this.metrics.roll_back({"pretrain": begun, "rl": c.steps, "eval": c.steps})
+  if begun < p.steps:
+    with this.clock.phase("corpus"):
+      # A page has 14 tokens or more; what is too much is not used.
+      texts = make_pages(c, this.world, count=p.steps * p.rows * p.width // 14)
+      tokens, segs = corpus.pack(texts, this.tokenizer, p.width)
+
+    def pages(i: int) -> sft.Pages:
+      rows = np.arange(i * p.rows, (i + 1) * p.rows) % len(tokens)
+      return put_batch(this, sft.Pages(tokens[rows], segs[rows], segs[rows] > 0))
+
+    def pretrain_step(state, batch):
+      return sft.step(
+        state,
+        batch,
+        policy=this.policy,
+        optimizer=optimizer,
+        router_bias_rate=p.router_bias_rate,
+        micro_batches=p.micro_batches,
+      )
+
+    program = compiled(this, pretrain_step, state, pages(0), donate=(0,))
+    third = max(p.steps // 3, 1)
+    for i in range(begun, p.steps):
+      with this.clock.phase("pretrain"):
+        state, figures = program(state, pages(i))
+        if i % 10 == 9 or i + 1 == p.steps:
+          figures = {k: float(v) for k, v in figures.items()}
+          this.metrics.write({"phase": "pretrain", "step": i + 1, **figures})
+          this.progress.update("base", i + 1, p.steps, nll=figures["nll"])
+      if (i + 1) % third == 0 or i + 1 == p.steps:
+        checkpoints.save(i + 1, state, {"seconds": this.clock.seconds})
+  checkpoints.close()
+  return state.params, state.router
+
+
+# -- reinforcement learning -------------------------------------------------------------
+
+
+def reinforce(this: Run, params: Any, router: Any) -> None:
+  """GRPO from the base to the last update, with evaluations on the way."""
+  c = this.config
+  optimizer = make_optimizer(settings.optimizer_config(c))
+  begin = functools.partial(
+    train_state.restart, optimizer=optimizer, reference=bool(c.grpo.kl_coef)
+  )
+  shardings = train_state.shardings(
+    this.policy, optimizer, this.mesh, reference=bool(c.grpo.kl_coef)
+  )
+  stream = problems.stream(len(this.world.train), c.prompts, seed=c.seed)
+  key = jax.random.fold_in(jax.random.key(c.seed), 1)
+  checkpoints = Checkpoints(this.workdir / "checkpoints" / "rl")
+  step = checkpoints.latest() or 0
+  if step:
+    shapes = jax.eval_shape(begin, params, router)
+    state = checkpoints.restore(step, shapes, shardings)
+    host = checkpoints.restore_host(step)
+    this.clock.seconds = host["seconds"]
+    stream.set_state(host["stream"])
+    this.progress.say(f"rl: continuing from update {step}")
+  else:
+    state = compiled(this, begin, params, router, out_shardings=shardings)(params, router)
+  done = {"pretrain": c.pretrain.steps, "rl": step, "eval": step if step else -1}
+  this.metrics.roll_back(done)
+  this.samples.roll_back(done)
+
+  evaluate = Evaluator(this, state)
+  if not step:
+    evaluate(state, 0)
+  pairs, programs = settings.windows(c), {}
+  pending = None  # the step whose figures are still on their way
+  while step < c.steps:
+    window = settings.window_at(pairs, step)
+    with this.clock.phase("rl"):
+      index = np.asarray(next(stream))
+      batch = put_batch(this, jax.tree.map(lambda x: x[index], this.train))
+    if window not in programs:
+      programs[window] = make_step(this, optimizer, window, state, batch, key)
+    with this.clock.phase("rl"):
+      state, said, figures = programs[window](state, batch, key)
+      step += c.grpo.minibatches
+      if pending is not None:
+        record(this, *pending)
+      pending = (step, said, figures)
+      last = step == c.steps
+      if last or step % c.eval.every == 0 or step % c.checkpoint_every == 0:
+        record(this, *pending)
+        pending = None
+    if last or step % c.eval.every == 0:
+      evaluate(state, step)
+    if last or step % c.checkpoint_every == 0:
+      with this.clock.phase("save"):
+        host = {"stream": stream.get_state(), "seconds": this.clock.seconds}
+        checkpoints.save(step, state, host)
+  checkpoints.close()
+
+
+def make_step(this: Run, optimizer, window: int, state, batch, key) -> Any:
+  """The step for one output window: one program, or segments of it."""
+  c, d = this.config, this.config.data
+  parts = dict(
+    policy=this.policy,
+    optimizer=optimizer,
+    reward_fn=in_graph.rule_reward(
+      in_graph.TagTable.of(this.tokenizer),
+      prefill_think=d.prefill_think,
+      **c.reward,
+    ),
+    config=settings.grpo_config(c, window),
+    stop_ids=this.stop_ids,
+    pad_id=this.tokenizer.pad_id,
+  )
+  if c.segment_tokens:
+    return segments.make_segments(segment_tokens=c.segment_tokens, **parts)
+
+  def whole_step(state, batch, key):
+    return grpo.whole_step(state, batch, key, **parts)
+
+  # The state comes back laid out as it went in.
+  out = jax.tree.map(lambda x: x.sharding, state), None, None
+  return compiled(
+    this, whole_step, state, batch, key, donate=(0,), out_shardings=out
+  )
+
+
+def record(this: Run, step: int, said: rollout.Rollout, figures: dict) -> None:
+  """Writes a step's figures; the reflection words are counted in its text."""
+  if "first_rl_step" not in this.clock.seconds:
+    jax.block_until_ready(said)
+    this.clock.seconds["first_rl_step"] = this.clock.since_start
+  texts = [t for group in generate.texts_of(said, this.tokenizer) for t in group]
+  figures = {name: float(value) for name, value in figures.items()}
+  figures["reflection_rate"] = float(np.mean([generate.reflections(t) for t in texts]))
+  this.metrics.write({"phase": "rl", "step": step, **figures})
+  this.progress.update(
+    "rl",
+    step,
+    this.config.steps,
+    reward=figures["reward"],
+    accuracy=figures["accuracy"],
+    length=figures["length"],
+  )
+
+
+# -- evaluation and result --------------------------------------------------------------
+
+
+class Evaluator:
+  """Samples the held-out problems with a policy and writes the figures."""
+
+  def __init__(self, this: Run, state: train_state.TrainState):
+    c = this.config
+
+    def evaluate(params, router, prompts, key):
+      return rollout.sample(
+        this.policy,
+        params,
+        router,
+        prompts,
+        key,
+        group_size=c.eval.samples,
+        max_tokens=max(tokens for _, tokens in settings.windows(c)),
+        temperature=c.grpo.temperature,
+        stop_ids=this.stop_ids,
+        pad_id=this.tokenizer.pad_id,
+      )
+
+    self.this = this
+    self.prompts = put_batch(this, this.held_out)
+    self.key = jax.random.fold_in(jax.random.key(c.seed), 2)
+    self.program = compiled(
+      this, evaluate, state.params, state.router, self.prompts, self.key
+    )
+
+  def __call__(self, state: train_state.TrainState, step: int) -> None:
+    this = self.this
+    with this.clock.phase("evaluate"):
+      said = self.program(state.params, state.router, self.prompts, self.key)
+      texts = generate.texts_of(said, this.tokenizer)
+      samples = generate.Samples(
+        this.held_out_problems, texts, np.asarray(said.lengths), np.asarray(said.ended)
+      )
+      prefill = this.config.data.prefill_think
+      figures = generate.summarise(samples, prefill_think=prefill)
+    this.metrics.write({"phase": "eval", "step": step, **figures})
+    for problem, group in list(zip(this.held_out_problems, texts))[: SHOWN[0]]:
+      row = {**dataclasses.asdict(problem), "texts": group[: SHOWN[1]]}
+      this.samples.write({"phase": "eval", "step": step, **row})
+    this.progress.say(
+      f"held out, update {step}: "
+      + ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
+    )
+
+
+def conclude(this: Run) -> dict:
+  """summary.json and curves.png."""
+  c, clock = this.config, this.clock
+  evals, train = this.metrics.phase("eval"), this.metrics.phase("rl")
+  half = min(evals, key=lambda row: abs(row["step"] - c.steps / 2))
+
+  def figures(row: dict) -> dict:
+    return {k: v for k, v in row.items() if k != "phase"}
+
+  named = {"first_rl_step"}
+  spent = {k: round(v, 1) for k, v in clock.seconds.items()}
+  unit = 2**20 if sys.platform == "linux" else 2**30  # ru_maxrss: KiB, bytes on macOS
+  summary = {
+    "task": c.task if not c.data.problems else c.data.problems,
+    "base": figures(evals[0]),
+    "half_way": figures(half),
+    "final": figures(evals[-1]),
+    "steps": c.steps,
+    "seconds": {
+      **spent,
+      "total": round(sum(v for k, v in clock.seconds.items() if k not in named), 1),
+      "since_start": round(clock.since_start, 1),
+    },
+    "compilations": {
+      name: clock.compilations[name]
+      for name in ("pretrain_step", "evaluate", "whole_step")
+    },
+    "peak_rss_gib": round(
+      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2
+    ),
+    "seed": c.seed,
+    "config_sha256": settings.sha256(c),
+    "devices": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+    "jax": jax.__version__,
+  }
+  title = f"R1-Zero in miniature: {c.task}, seed {c.seed}"
+  report.curves(this.workdir / "curves.png", train, evals, title)
+  write_json(this.workdir / "summary.json", summary)
+  return summary
+
+
+def show(console: rich.console.Console, workdir: pathlib.Path, summary: dict) -> None:
+  """The result in the terminal: groups before and after, the table, the verdict."""
+  rows = MetricsFile(workdir / "samples.jsonl").rows()
+  for heading, name in (("Before RL", "base"), ("After RL", "final")):
+    step = summary[name]["step"]
+    report.show_groups(console, [r for r in rows if r["step"] == step], heading)
+  report.show_table(console, summary)
+  console.print(report.verdict(summary), highlight=False)

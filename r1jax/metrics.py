@@ -1,0 +1,56 @@
+"""metrics.jsonl: one JSON object a line, appended; and how a run reads it back."""
+
+from collections.abc import Iterable
+import json
+import math
+import pathlib
+
+
+class MetricsFile:
+  """Rows of {"phase", "step", ...}, in the order they happened."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+
+  def write(self, row: dict) -> None:
+    clean = {
+      k: (None if isinstance(v, float) and not math.isfinite(v) else v)
+      for k, v in row.items()
+    }
+    with self.path.open("a") as file:
+      file.write(json.dumps(clean) + "\n")
+
+  def rows(self) -> list[dict]:
+    """Every whole line; a half line that a killed run left is passed over."""
+    if not self.path.exists():
+      return []
+    found = []
+    for line in self.path.read_text().splitlines():
+      try:
+        found.append(json.loads(line))
+      except json.JSONDecodeError:
+        continue
+    return found
+
+  def phase(self, name: str) -> list[dict]:
+    return [row for row in self.rows() if row["phase"] == name]
+
+  def roll_back(self, last_steps: dict[str, int]) -> None:
+    """Drops rows that a resumed run will write again.
+
+    Args:
+      last_steps: phase -> the last step that counts; a phase not named keeps none.
+    """
+    kept = [r for r in self.rows() if r["step"] <= last_steps.get(r["phase"], -1)]
+    _replace(self.path, (json.dumps(r) for r in kept))
+
+
+def write_json(path: pathlib.Path, value: dict) -> None:
+  _replace(path, [json.dumps(value, indent=2)])
+
+
+def _replace(path: pathlib.Path, lines: Iterable[str]) -> None:
+  """All or nothing: a kill leaves the old file."""
+  partial = path.with_suffix(path.suffix + ".partial")
+  partial.write_text("".join(line + "\n" for line in lines))
+  partial.replace(path)

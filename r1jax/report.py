@@ -1,0 +1,81 @@
+"""What a run leaves for people to look at: curves, sampled groups, one sentence."""
+
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import rich.console  # noqa: E402
+import rich.table  # noqa: E402
+import rich.text  # noqa: E402
+
+
+def curves(path: pathlib.Path, train: list[dict], evals: list[dict], title: str) -> None:
+  """Accuracy, length, reflection and KL against updates: Figure 2 of R1 in miniature.
+
+  Args:
+    path: of the PNG.
+    train: rows of phase `rl`.
+    evals: rows of phase `eval`.
+    title: of the figure.
+  """
+  figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True)
+  steps, held_out = [r["step"] for r in train], [r["step"] for r in evals]
+  cons = next(k for k in evals[0] if k.startswith("cons_at_"))
+  panels = [
+    ("accuracy", "accuracy", [("pass_at_1", "pass@1"), (cons, cons.replace("_at_", "@"))]),
+    ("length", "tokens a response", [("mean_length", "held out")]),
+    ("reflection_rate", "reflection words a response", [("reflection_rate", "held out")]),
+    ("kl", "KL to the reference, nats a token", []),
+  ]
+  for axis, (key, label, lines) in zip(axes.flat, panels):
+    axis.plot(steps, [r[key] for r in train], color="0.7", lw=1, label="rollouts")
+    for name, shown in lines:
+      axis.plot(held_out, [r[name] for r in evals], marker="o", ms=4, label=shown)
+    axis.set_ylabel(label)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+  for axis in axes[1]:
+    axis.set_xlabel("update")
+  figure.suptitle(title)
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def show_groups(console: rich.console.Console, samples: list[dict], heading: str) -> None:
+  """A few responses to a few problems. Model output is printed as plain text."""
+  console.print(rich.text.Text(heading, style="bold"))
+  for row in samples:
+    accepted = " or ".join(row["answers"])
+    console.print(rich.text.Text(f"  {row['problem']}   (answer {accepted})", style="cyan"))
+    for text in row["texts"]:
+      console.print(rich.text.Text(f"    {text}"))
+
+
+def show_table(console: rich.console.Console, summary: dict) -> None:
+  """Base, half way and final, side by side."""
+  table = rich.table.Table("held-out problems", "base", "half way", "final")
+  for name in summary["final"]:
+    if name != "step":
+      values = (summary[column][name] for column in ("base", "half_way", "final"))
+      table.add_row(name, *(f"{v:.3f}" for v in values))
+  console.print(table)
+
+
+def verdict(summary: dict) -> str:
+  """One line that says what happened, whatever it was."""
+  base, final = summary["base"], summary["final"]
+
+  def change(name: str, digits: int) -> str:
+    return f"{base[name]:.{digits}f} -> {final[name]:.{digits}f}"
+
+  gain = final["pass_at_1"] - base["pass_at_1"]
+  word = "learned" if gain > 0.1 else "lost accuracy" if gain < -0.02 else "hardly moved"
+  return (
+    f"RL {word}: pass@1 {change('pass_at_1', 2)}, length {change('mean_length', 1)}"
+    f" tokens, re-checks a response {change('reflection_rate', 2)}, in"
+    f" {summary['seconds']['total']:.0f} s."
+  )

@@ -1,0 +1,147 @@
+"""From a ConfigDict to the dataclasses of the rooms, and the checks before any compile."""
+
+import hashlib
+import json
+
+from ml_collections import ConfigDict
+
+from r1jax import sharding
+from r1jax.errors import UserError
+from r1jax.grpo import GRPOConfig
+from r1jax.models.config import PRESETS, PolicyConfig
+from r1jax.optimizer import OptimizerConfig
+
+# Keys that change neither the weights nor the figures of a run.
+FREE = ("seeds", "compilation_cache")
+
+
+def plain(config: ConfigDict) -> dict:
+  """The config as JSON-like values, without the FREE keys."""
+  values = json.loads(json.dumps(config.to_dict()))
+  return {k: v for k, v in values.items() if k not in FREE}
+
+
+def sha256(config: ConfigDict) -> str:
+  return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+  """`key: old -> new` for every leaf that differs."""
+  found = []
+  for key in sorted(set(old) | set(new)):
+    a, b = old.get(key), new.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      found += differences(a, b, f"{prefix}{key}.")
+    elif a != b:
+      found.append(f"{prefix}{key}: {a} -> {b}")
+  return found
+
+
+def policy_config(config: ConfigDict, vocab: int) -> PolicyConfig:
+  options = config.model.to_dict()
+  preset = options.pop("preset")
+  if preset not in PRESETS:
+    raise UserError(
+      f"config.model.preset={preset!r} is not one of {sorted(PRESETS)}."
+    )
+  return PRESETS[preset](vocab, **options)
+
+
+def grpo_config(config: ConfigDict, max_tokens: int) -> GRPOConfig:
+  return GRPOConfig(max_tokens=max_tokens, **config.grpo)
+
+
+def optimizer_config(config: ConfigDict) -> OptimizerConfig:
+  return OptimizerConfig(steps=config.steps, **config.optimizer)
+
+
+def pretrain_optimizer_config(config: ConfigDict) -> OptimizerConfig:
+  p = config.pretrain
+  return OptimizerConfig(
+    learning_rate=p.learning_rate,
+    steps=p.steps,
+    warmup_steps=p.warmup_steps,
+    schedule="cosine",
+    final_fraction=0.06,
+    b2=p.b2,
+    weight_decay=p.weight_decay,
+  )
+
+
+def windows(config: ConfigDict) -> list[tuple[int, int]]:
+  """(first update, output tokens) of each window, rounded up to whole rollouts."""
+  k = config.grpo.minibatches
+  pairs = [(-(-int(start) // k) * k, int(tokens)) for start, tokens in config.windows]
+  if not pairs or pairs[0][0] != 0 or pairs != sorted(pairs):
+    raise UserError(
+      f"config.windows={config.windows} must be (update, tokens) pairs in rising order,"
+      " the first of them at update 0."
+    )
+  return pairs
+
+
+def window_at(pairs: list[tuple[int, int]], step: int) -> int:
+  """Output tokens of the rollout that begins at update `step`."""
+  return [tokens for start, tokens in pairs if start <= step][-1]
+
+
+def check(config: ConfigDict, devices: int) -> None:
+  """Everything about a config that can be known before a mesh, a file or a compile.
+
+  Raises:
+    UserError: with what came, the rule, and what to do.
+  """
+  c, g = config, config.grpo
+  for _, tokens in windows(c):
+    grpo_config(c, tokens)
+  policy_config(c, vocab=512)
+  shape = tuple(c.mesh)
+  rest = max(abs(shape[0] * shape[1] * shape[2]), 1)
+  full = tuple(devices // rest if s == -1 else s for s in shape)
+  shards = full[0] * full[1] if len(full) == 3 else 1
+  rows, parts = c.prompts * g.group_size, g.minibatches * g.micro_batches
+  micro = c.pretrain.micro_batches
+  rules = [
+    (c.steps >= 1, f"steps={c.steps} must be at least 1"),
+    (
+      c.steps % g.minibatches == 0,
+      f"steps={c.steps} updates must be whole rollouts of"
+      f" grpo.minibatches={g.minibatches}; try {-(-c.steps // g.minibatches) * g.minibatches}",
+    ),
+    (
+      c.prompts % shards == 0,
+      f"prompts={c.prompts} is not divisible by the {shards} data shards (fsdp x expert)"
+      f" of mesh={shape}; try {-(-c.prompts // shards) * shards}",
+    ),
+    (
+      rows % (parts * shards) == 0,
+      f"a rollout's prompts x grpo.group_size = {rows} outputs do not divide into"
+      f" grpo.minibatches x grpo.micro_batches = {g.minibatches} x {g.micro_batches} parts"
+      f" over {shards} data shards; change one of them so that {rows} is a multiple of"
+      f" {parts * shards}",
+    ),
+    (
+      c.pretrain.steps == 0 or c.pretrain.rows % (micro * shards) == 0,
+      f"pretrain.rows={c.pretrain.rows} is not divisible by"
+      f" pretrain.micro_batches={micro} x {shards} data shards",
+    ),
+    (
+      c.eval.problems % shards == 0,
+      f"eval.problems={c.eval.problems} is not divisible by the {shards} data shards",
+    ),
+    (c.eval.samples >= 2, f"eval.samples={c.eval.samples} must be at least 2"),
+    (
+      c.eval.every % g.minibatches == 0 and c.checkpoint_every % g.minibatches == 0,
+      f"eval.every={c.eval.every} and checkpoint_every={c.checkpoint_every} must be"
+      f" multiples of grpo.minibatches={g.minibatches} (positive)",
+    ),
+    (c.eval.every > 0 and c.checkpoint_every > 0, "eval.every and checkpoint_every must be above 0"),
+    (
+      0 < c.data.held_out < 1,
+      f"data.held_out={c.data.held_out} must lie between 0 and 1",
+    ),
+  ]
+  for ok, rule in rules:
+    if not ok:
+      raise UserError(f"config.{rule}.")
+  sharding.check_mesh(shape, devices)

@@ -1,0 +1,46 @@
+"""r1jax and its extras. `kernels/` will be importable as `r1jax.kernels`."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.*)"', (ROOT / "r1jax/__init__.py").read_text())
+
+JAX = "jax{}>=0.10.2,<0.13"
+
+setup(
+  name="r1jax",
+  version=VERSION[1],
+  description="DeepSeek-R1 in JAX: R1-Zero on a laptop, GRPO in one compiled program",
+  long_description=(ROOT / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["r1jax", "r1jax.*", "experiments", "experiments.*"]),
+  install_requires=[
+    JAX.format(""),
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "tensorstore>=0.1.80",
+    "grain>=0.2.18",
+    "sentencepiece>=0.2.1",
+    "ml_collections>=1.1",
+    "absl-py>=2.3",
+    "numpy>=2.0",
+    "rich>=14",
+    "matplotlib>=3.9",
+  ],
+  extras_require={
+    "tpu": [JAX.format("[tpu]")],
+    "cuda": [JAX.format("[cuda13]")],
+    "test": [
+      "pytest>=8",
+      "ruff>=0.14",
+      "torch>=2.13,<2.14",
+      "transformers>=5.20,<6",
+    ],
+  },
+)
