@@ -1,25 +1,30 @@
 """What every entry point shares: flags, exit codes, the compilation cache, seeds."""
 
 from collections.abc import Callable
-import difflib
 import json
 import os
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from r1jax.errors import UserError
 
 
-def run(main: Callable[[], None]) -> None:
-  """Parses the flags and calls main; a UserError is one line and exit code 2."""
+def run(main: Callable[[ConfigDict, str], None], config_file: str) -> None:
+  """Parses --config and --workdir, calls main(config, workdir); 2 is a user's mistake.
+
+  Args:
+    main: the experiment.
+    config_file: default of --config, as FILE.py:preset.
+  """
   try:
-    parse(sys.argv)
-    main()
+    config, workdir = parse(sys.argv, config_file)
+    main(config, workdir)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -28,27 +33,48 @@ def run(main: Callable[[], None]) -> None:
     sys.exit(130)
 
 
-def parse(argv: list[str]) -> None:
-  """absl's flags, with its and ml_collections' errors as UserErrors."""
-  wanted = [a for a in argv[1:] if a.lstrip("-") in ("help", "helpfull", "h", "?")]
-  if wanted:
-    print(sys.modules["__main__"].__doc__)
-    print(flags.FLAGS.main_module_help())
-    sys.exit(0)
+def parse(argv: list[str], config_file: str) -> tuple[ConfigDict, str]:
+  """(config, workdir). The errors of absl and ml_collections become UserErrors."""
+  asked = any(a in ("-h", "--help", "-help", "--helpfull") for a in argv[1:])
+  plain = [a for a in argv if a not in ("-h", "--help", "-help", "--helpfull")]
   try:
-    rest = flags.FLAGS(argv)
-  except flags.Error as error:
-    raise UserError(f"{error}. See --help.") from error
+    # The flag reads sys.argv as soon as it is defined.
+    config_flags.DEFINE_config_file("config", config_file, "FILE.py:preset")
+    flags.DEFINE_string("workdir", "", "the run's folder; default: under runs/")
+    rest = flags.FLAGS(plain)
+    config = flags.FLAGS.config
   except (AttributeError, KeyError) as error:
-    raise UserError(_unknown_key(argv, str(error))) from error
-  except (ValueError, TypeError, OSError) as error:
-    raise UserError(f"{error}. See --help.") from error
+    hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
+    text = f"there is no config key {hint[2]!r}; did you mean {hint[1]!r}" if hint else error
+    raise UserError(f"{text}? --help lists all keys.") from error
+  except OSError as error:
+    raise UserError(f"--config names a file that cannot be read: {error}") from error
+  except (flags.Error, ValueError, TypeError) as error:
+    raise UserError(f"{_last_line(error)}. --help lists all flags.") from error
+  if asked:
+    print(sys.modules["__main__"].__doc__)
+    print(f"--workdir=FOLDER\n--config={config_file}, and its keys:\n")
+    print("\n".join(f"  --config.{k}={v!r}" for k, v in _leaves(config)))
+    sys.exit(0)
   if len(rest) > 1:
-    raise UserError(f"{rest[1]!r} is not a flag; flags look like --config.seed=1.")
+    raise UserError(f"{rest[1]!r} is not a flag; a flag looks like --config.seed=1.")
+  return config, flags.FLAGS.workdir
 
 
-def _unknown_key(argv: list[str], text: str) -> str:
-  return text
+def _last_line(error: Exception) -> str:
+  """The message itself, where a library put a whole traceback into it."""
+  lines = [line for line in str(error).splitlines() if re.match(r"\w*Error: ", line)]
+  return (lines[-1].partition(": ")[2] if lines else str(error)).strip().rstrip(".")
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> list[tuple[str, object]]:
+  found = []
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      found += _leaves(value, f"{prefix}{key}.")
+    else:
+      found.append((prefix + key, value))
+  return found
 
 
 def use_compilation_cache(folder: str) -> None:
@@ -65,4 +91,58 @@ def use_compilation_cache(folder: str) -> None:
 
 
 def over_seeds(module: str, config: ConfigDict, workdir: pathlib.Path) -> None:
-  raise NotImplementedError
+  """Runs config.seeds consecutive seeds, one process each, and prints their table.
+
+  The table is also written to `seeds.md` in the workdir. A stopped sweep goes on where
+  it was: runs that have ended only show their result.
+  """
+  arguments = [
+    a
+    for a in sys.argv[1:]
+    if not re.match(r"--?(config\.seeds?|workdir)=", a)
+  ]
+  summaries = []
+  for seed in range(config.seed, config.seed + config.seeds):
+    folder = workdir / f"seed_{seed}"
+    if not (folder / "summary.json").exists():
+      command = [sys.executable, "-m", module, *arguments]
+      command += [f"--config.seed={seed}", "--config.seeds=1", f"--workdir={folder}"]
+      code = subprocess.run(command).returncode
+      if code:
+        sys.exit(code)
+    summaries.append(json.loads((folder / "summary.json").read_text()))
+  table = seeds_table(summaries)
+  (workdir / "seeds.md").write_text(table)
+  print(table)
+
+
+def seeds_table(summaries: list[dict]) -> str:
+  """Markdown: a row a seed, base -> half way -> final, and a row of means."""
+  cons = next(k for k in summaries[0]["base"] if k.startswith("cons_at_"))
+  columns = [("pass_at_1", 2), (cons, 2), ("mean_length", 1), ("reflection_rate", 2)]
+  stages = ("base", "half_way", "final")
+
+  def row(first: str, pick: Callable[[str, str], float], seconds: str, memory: str) -> str:
+    cells = [
+      " → ".join(f"{pick(stage, name):.{digits}f}" for stage in stages)
+      for name, digits in columns
+    ]
+    return "| " + " | ".join([first, *cells, seconds, memory]) + " |"
+
+  head = ["seed", "pass@1", cons.replace("_at_", "@"), "length", "re-checks", "s", "GiB"]
+  lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+  for s in summaries:
+    seconds, memory = s["seconds"]["since_start"], s["peak_rss_gib"]
+    lines.append(
+      row(str(s["seed"]), lambda a, b, s=s: s[a][b], f"{seconds:.0f}", f"{memory:.1f}")
+    )
+  mean = statistics.fmean
+  lines.append(
+    row(
+      "mean",
+      lambda a, b: mean(s[a][b] for s in summaries),
+      f"{mean(s['seconds']['since_start'] for s in summaries):.0f}",
+      f"{max(s['peak_rss_gib'] for s in summaries):.1f} max",
+    )
+  )
+  return "\n".join(lines) + "\n"

@@ -51,6 +51,8 @@ class Run:
   train: PromptBatch  # all of them; a step takes rows
   held_out: PromptBatch
   held_out_problems: list
+  page: int  # tokens of the longest page of a sample
+  windows: list[tuple[int, int]]  # (first update, output tokens)
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
@@ -123,11 +125,11 @@ def prepare(
     skip_malformed=d.skip_malformed,
     held_out=d.held_out,
   )
-  path = workdir / "tokenizer.model"
+  path, pages = workdir / "tokenizer.model", make_pages(config, world, count=5000)
+  texts = [prompt + page for prompt, page in pages]
   if path.exists():
     tokenizer = Tokenizer.load(path)
   else:
-    texts = make_pages(config, world, count=5000)
     tokenizer = Tokenizer.train(texts, vocab=c.pretrain.vocab, symbols=task.symbols)
     tokenizer.save(path)
   kept = world.held_out[: c.eval.problems]
@@ -143,6 +145,10 @@ def prepare(
   encode = functools.partial(
     worlds.encode_problems, tokenizer=tokenizer, prompt_length=length, **how
   )
+
+  def longest(rows: list[str]) -> int:
+    return max(map(len, tokenizer.encode_batch(rows)))
+
   return Run(
     config=config,
     workdir=workdir,
@@ -157,10 +163,15 @@ def prepare(
     train=encode(world.train),
     held_out=encode(kept),
     held_out_problems=kept,
+    page=2 + longest(texts),  # BOS and EOS
+    windows=settings.windows(c, 1 + longest([page for _, page in pages])),
   )
 
 
-def make_pages(config: ConfigDict, world: worlds.World, count: int) -> list[str]:
+def make_pages(
+  config: ConfigDict, world: worlds.World, count: int
+) -> list[tuple[str, str]]:
+  """The first `count` pages of the run's corpus, as (prompt, what follows)."""
   p = config.pretrain
   return corpus.pages(
     world.task,
@@ -208,28 +219,30 @@ def pretrain(this: Run) -> tuple[Any, Any]:
   if begun < p.steps:
     with this.clock.phase("corpus"):
       # A page has 14 tokens or more; what is too much is not used.
-      texts = make_pages(c, this.world, count=p.steps * p.rows * p.width // 14)
-      tokens, segs = corpus.pack(texts, this.tokenizer, p.width)
+      width = p.width or this.page
+      pages = make_pages(c, this.world, count=p.steps * p.rows * width // 14)
+      texts = [prompt + page for prompt, page in pages]
+      tokens, segs = corpus.pack(texts, this.tokenizer, width)
 
-    def pages(i: int) -> sft.Pages:
+    def batch(i: int) -> sft.Pages:
       rows = np.arange(i * p.rows, (i + 1) * p.rows) % len(tokens)
       return put_batch(this, sft.Pages(tokens[rows], segs[rows], segs[rows] > 0))
 
-    def pretrain_step(state, batch):
+    def pretrain_step(state, pages):
       return sft.step(
         state,
-        batch,
+        pages,
         policy=this.policy,
         optimizer=optimizer,
         router_bias_rate=p.router_bias_rate,
         micro_batches=p.micro_batches,
       )
 
-    program = compiled(this, pretrain_step, state, pages(0), donate=(0,))
+    program = compiled(this, pretrain_step, state, batch(0), donate=(0,))
     third = max(p.steps // 3, 1)
     for i in range(begun, p.steps):
       with this.clock.phase("pretrain"):
-        state, figures = program(state, pages(i))
+        state, figures = program(state, batch(i))
         if i % 10 == 9 or i + 1 == p.steps:
           figures = {k: float(v) for k, v in figures.items()}
           this.metrics.write({"phase": "pretrain", "step": i + 1, **figures})
@@ -273,10 +286,10 @@ def reinforce(this: Run, params: Any, router: Any) -> None:
   evaluate = Evaluator(this, state)
   if not step:
     evaluate(state, 0)
-  pairs, programs = settings.windows(c), {}
+  programs = {}
   pending = None  # the step whose figures are still on their way
   while step < c.steps:
-    window = settings.window_at(pairs, step)
+    window = settings.window_at(this.windows, step)
     with this.clock.phase("rl"):
       index = np.asarray(next(stream))
       batch = put_batch(this, jax.tree.map(lambda x: x[index], this.train))
@@ -365,7 +378,7 @@ class Evaluator:
         prompts,
         key,
         group_size=c.eval.samples,
-        max_tokens=max(tokens for _, tokens in settings.windows(c)),
+        max_tokens=max(tokens for _, tokens in this.windows),
         temperature=c.grpo.temperature,
         stop_ids=this.stop_ids,
         pad_id=this.tokenizer.pad_id,

@@ -68,11 +68,16 @@ def pretrain_optimizer_config(config: ConfigDict) -> OptimizerConfig:
   )
 
 
-def windows(config: ConfigDict) -> list[tuple[int, int]]:
-  """(first update, output tokens) of each window, rounded up to whole rollouts."""
+def windows(config: ConfigDict, longest_page: int) -> list[tuple[int, int]]:
+  """(first update, output tokens) of each window.
+
+  A window begins with the next whole rollout; one of 0 tokens is the longest page of the
+  corpus and an eighth more.
+  """
   k = config.grpo.minibatches
-  pairs = [(-(-int(start) // k) * k, int(tokens)) for start, tokens in config.windows]
-  if not pairs or pairs[0][0] != 0 or pairs != sorted(pairs):
+  fitted = -(-longest_page * 9 // 8)
+  pairs = [(-(-int(a) // k) * k, int(tokens) or fitted) for a, tokens in config.windows]
+  if not pairs or pairs[0][0] != 0 or pairs != sorted(pairs) or min(pairs)[1] < 0:
     raise UserError(
       f"config.windows={config.windows} must be (update, tokens) pairs in rising order,"
       " the first of them at update 0."
@@ -92,13 +97,11 @@ def check(config: ConfigDict, devices: int) -> None:
     UserError: with what came, the rule, and what to do.
   """
   c, g = config, config.grpo
-  for _, tokens in windows(c):
+  for _, tokens in windows(c, longest_page=1):
     grpo_config(c, tokens)
   policy_config(c, vocab=512)
-  shape = tuple(c.mesh)
-  rest = max(abs(shape[0] * shape[1] * shape[2]), 1)
-  full = tuple(devices // rest if s == -1 else s for s in shape)
-  shards = full[0] * full[1] if len(full) == 3 else 1
+  shape = sharding.check_mesh(c.mesh, devices)
+  shards = shape[0] * shape[1]
   rows, parts = c.prompts * g.group_size, g.minibatches * g.micro_batches
   micro = c.pretrain.micro_batches
   rules = [
@@ -131,11 +134,10 @@ def check(config: ConfigDict, devices: int) -> None:
     ),
     (c.eval.samples >= 2, f"eval.samples={c.eval.samples} must be at least 2"),
     (
-      c.eval.every % g.minibatches == 0 and c.checkpoint_every % g.minibatches == 0,
+      all(n > 0 and n % g.minibatches == 0 for n in (c.eval.every, c.checkpoint_every)),
       f"eval.every={c.eval.every} and checkpoint_every={c.checkpoint_every} must be"
-      f" multiples of grpo.minibatches={g.minibatches} (positive)",
+      f" positive multiples of grpo.minibatches={g.minibatches}",
     ),
-    (c.eval.every > 0 and c.checkpoint_every > 0, "eval.every and checkpoint_every must be above 0"),
     (
       0 < c.data.held_out < 1,
       f"data.held_out={c.data.held_out} must lie between 0 and 1",
@@ -144,4 +146,3 @@ def check(config: ConfigDict, devices: int) -> None:
   for ok, rule in rules:
     if not ok:
       raise UserError(f"config.{rule}.")
-  sharding.check_mesh(shape, devices)

@@ -22,8 +22,8 @@ def pages(
   template: str,
   facts_a_page: int,
   seed: int,
-) -> list[str]:
-  """`count` pages.
+) -> list[tuple[str, str]]:
+  """`count` pages, each as (prompt, what follows it).
 
   Args:
     task: writes them.
@@ -39,11 +39,11 @@ def pages(
   texts = []
   for kind in kinds:
     if kind == "facts":
-      texts.append(", ".join(task.fact(rng) for _ in range(facts_a_page)))
+      texts.append(("", ", ".join(task.fact(rng) for _ in range(facts_a_page))))
       continue
     problem = rng.choice(problems)
     prompt = prompts.render(template, problem.problem, prefill_think=False)
-    texts.append(prompt + task.page(kind, problem, rng))
+    texts.append((prompt, task.page(kind, problem, rng)))
   return texts
 
 
