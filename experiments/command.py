@@ -29,7 +29,9 @@ def run(main: Callable[[ConfigDict, str], None], config_file: str) -> None:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
-    print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
+    print(
+      "stopped; the same command continues from the last checkpoint", file=sys.stderr
+    )
     sys.exit(130)
 
 
@@ -45,7 +47,9 @@ def parse(argv: list[str], config_file: str) -> tuple[ConfigDict, str]:
     config = flags.FLAGS.config
   except (AttributeError, KeyError) as error:
     hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
-    text = f"there is no config key {hint[2]!r}; did you mean {hint[1]!r}" if hint else error
+    text = (
+      f"there is no config key {hint[2]!r}; did you mean {hint[1]!r}" if hint else error
+    )
     raise UserError(f"{text}? --help lists all keys.") from error
   except OSError as error:
     raise UserError(f"--config names a file that cannot be read: {error}") from error
@@ -97,9 +101,7 @@ def over_seeds(module: str, config: ConfigDict, workdir: pathlib.Path) -> None:
   it was: runs that have ended only show their result.
   """
   arguments = [
-    a
-    for a in sys.argv[1:]
-    if not re.match(r"--?(config\.seeds?|workdir)=", a)
+    a for a in sys.argv[1:] if not re.match(r"--?(config\.seeds?|workdir)=", a)
   ]
   summaries = []
   for seed in range(config.seed, config.seed + config.seeds):
@@ -122,14 +124,24 @@ def seeds_table(summaries: list[dict]) -> str:
   columns = [("pass_at_1", 2), (cons, 2), ("mean_length", 1), ("reflection_rate", 2)]
   stages = ("base", "half_way", "final")
 
-  def row(first: str, pick: Callable[[str, str], float], seconds: str, memory: str) -> str:
+  def row(
+    first: str, pick: Callable[[str, str], float], seconds: str, memory: str
+  ) -> str:
     cells = [
       " → ".join(f"{pick(stage, name):.{digits}f}" for stage in stages)
       for name, digits in columns
     ]
     return "| " + " | ".join([first, *cells, seconds, memory]) + " |"
 
-  head = ["seed", "pass@1", cons.replace("_at_", "@"), "length", "re-checks", "s", "GiB"]
+  head = [
+    "seed",
+    "pass@1",
+    cons.replace("_at_", "@"),
+    "length",
+    "re-checks",
+    "s",
+    "GiB",
+  ]
   lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
   for s in summaries:
     seconds, memory = s["seconds"]["since_start"], s["peak_rss_gib"]

@@ -4,7 +4,6 @@ Orbax's v1 API behind three verbs. `host` is a small JSON-like tree: the problem
 position, the clock by phase, the config's digest.
 """
 
-from collections.abc import Callable
 import pathlib
 from typing import Any
 

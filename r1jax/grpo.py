@@ -10,9 +10,10 @@ reference becomes the policy.
 the loop runs one by one when a step is too long to lose.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, Callable
+from typing import Any
 
 from flax import struct
 import jax
@@ -212,9 +213,7 @@ def experience(
         rows,
       )
     rows = rows.replace(reference_logprobs=reference)
-  rows = jax.tree.map(
-    lambda x: x.reshape(c.minibatches, -1, *x.shape[2:]), rows
-  )
+  rows = jax.tree.map(lambda x: x.reshape(c.minibatches, -1, *x.shape[2:]), rows)
   r = rewards["reward"]
   metrics = {
     **{name: x.mean() for name, x in rewards.items()},
@@ -281,7 +280,11 @@ def over_minibatches(per_update: dict) -> dict:
   """A rollout's metrics from its K updates': means, except that maxima stay maxima and
   the sampler's gap is read before the first update, where policy and sampler agree."""
   return {
-    name: x[0] if name == "sampler_gap_max" else x.max() if name.endswith("_max") else x.mean()
+    name: x[0]
+    if name == "sampler_gap_max"
+    else x.max()
+    if name.endswith("_max")
+    else x.mean()
     for name, x in per_update.items()
   }
 

@@ -20,7 +20,8 @@ import rich.console
 
 from r1jax import grpo, report, rollout, segments, settings, sft, sharding, train_state
 from r1jax.checkpoint import Checkpoints
-from r1jax.data import corpus, problems, world as worlds
+from r1jax.data import corpus, problems
+from r1jax.data import world as worlds
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
 from r1jax.evals import generate
@@ -57,7 +58,10 @@ class Run:
   @property
   def stop_ids(self) -> tuple[int, ...]:
     answer = self.tokenizer.id("</answer>")
-    return (self.tokenizer.eos_id, *([answer] if self.config.data.stop_on_answer else []))
+    return (
+      self.tokenizer.eos_id,
+      *([answer] if self.config.data.stop_on_answer else []),
+    )
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
@@ -278,7 +282,9 @@ def reinforce(this: Run, params: Any, router: Any) -> None:
     stream.set_state(host["stream"])
     this.progress.say(f"rl: continuing from update {step}")
   else:
-    state = compiled(this, begin, params, router, out_shardings=shardings)(params, router)
+    state = compiled(this, begin, params, router, out_shardings=shardings)(
+      params, router
+    )
   done = {"pretrain": c.pretrain.steps, "rl": step, "eval": step if step else -1}
   this.metrics.roll_back(done)
   this.samples.roll_back(done)
@@ -337,9 +343,7 @@ def make_step(this: Run, optimizer, window: int, state, batch, key) -> Any:
 
   # The state comes back laid out as it went in.
   out = jax.tree.map(lambda x: x.sharding, state), None, None
-  return compiled(
-    this, whole_step, state, batch, key, donate=(0,), out_shardings=out
-  )
+  return compiled(this, whole_step, state, batch, key, donate=(0,), out_shardings=out)
 
 
 def record(this: Run, step: int, said: rollout.Rollout, figures: dict) -> None:
@@ -438,9 +442,7 @@ def conclude(this: Run) -> dict:
       name: clock.compilations[name]
       for name in ("pretrain_step", "evaluate", "whole_step")
     },
-    "peak_rss_gib": round(
-      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2
-    ),
+    "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2),
     "seed": c.seed,
     "config_sha256": settings.sha256(c),
     "devices": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",

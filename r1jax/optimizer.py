@@ -37,7 +37,9 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     main = optax.constant_schedule(c.learning_rate)
   # The first update already moves: warm-up runs from 1/warmup to 1.
   warm = optax.linear_schedule(
-    c.learning_rate / max(c.warmup_steps, 1), c.learning_rate, max(c.warmup_steps - 1, 1)
+    c.learning_rate / max(c.warmup_steps, 1),
+    c.learning_rate,
+    max(c.warmup_steps - 1, 1),
   )
   return optax.join_schedules([warm, main], [c.warmup_steps])
 
@@ -97,6 +99,7 @@ def accumulate(
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][1]))
   (grads, counts), metrics = jax.lax.scan(add, zeros, parts)
   metrics = {
-    k: v.max(axis=0) if k.endswith("_max") else v.sum(axis=0) for k, v in metrics.items()
+    k: v.max(axis=0) if k.endswith("_max") else v.sum(axis=0)
+    for k, v in metrics.items()
   }
   return grads, metrics, counts

@@ -70,7 +70,9 @@ def encode(
   return [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
-def pad_left(rows: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_left(
+  rows: list[list[int]], length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
   """(tokens [B, length] int32, mask [B, length] bool).
 
   Raises:

@@ -5,13 +5,15 @@ import pathlib
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import rich.console  # noqa: E402
-import rich.table  # noqa: E402
-import rich.text  # noqa: E402
+import matplotlib.pyplot as plt
+import rich.console
+import rich.table
+import rich.text
 
 
-def curves(path: pathlib.Path, train: list[dict], evals: list[dict], title: str) -> None:
+def curves(
+  path: pathlib.Path, train: list[dict], evals: list[dict], title: str
+) -> None:
   """Accuracy, length, reflection and KL against updates: Figure 2 of R1 in miniature.
 
   Args:
@@ -24,9 +26,17 @@ def curves(path: pathlib.Path, train: list[dict], evals: list[dict], title: str)
   steps, held_out = [r["step"] for r in train], [r["step"] for r in evals]
   cons = next(k for k in evals[0] if k.startswith("cons_at_"))
   panels = [
-    ("accuracy", "accuracy", [("pass_at_1", "pass@1"), (cons, cons.replace("_at_", "@"))]),
+    (
+      "accuracy",
+      "accuracy",
+      [("pass_at_1", "pass@1"), (cons, cons.replace("_at_", "@"))],
+    ),
     ("length", "tokens a response", [("mean_length", "held out")]),
-    ("reflection_rate", "reflection words a response", [("reflection_rate", "held out")]),
+    (
+      "reflection_rate",
+      "reflection words a response",
+      [("reflection_rate", "held out")],
+    ),
     ("kl", "KL to the reference, nats a token", []),
   ]
   for axis, (key, label, lines) in zip(axes.flat, panels):
@@ -45,12 +55,16 @@ def curves(path: pathlib.Path, train: list[dict], evals: list[dict], title: str)
   plt.close(figure)
 
 
-def show_groups(console: rich.console.Console, samples: list[dict], heading: str) -> None:
+def show_groups(
+  console: rich.console.Console, samples: list[dict], heading: str
+) -> None:
   """A few responses to a few problems. Model output is printed as plain text."""
   console.print(rich.text.Text(heading, style="bold"))
   for row in samples:
     accepted = " or ".join(row["answers"])
-    console.print(rich.text.Text(f"  {row['problem']}   (answer {accepted})", style="cyan"))
+    console.print(
+      rich.text.Text(f"  {row['problem']}   (answer {accepted})", style="cyan")
+    )
     for text in row["texts"]:
       console.print(rich.text.Text(f"    {text}"))
 
@@ -73,7 +87,9 @@ def verdict(summary: dict) -> str:
     return f"{base[name]:.{digits}f} -> {final[name]:.{digits}f}"
 
   gain = final["pass_at_1"] - base["pass_at_1"]
-  word = "learned" if gain > 0.1 else "lost accuracy" if gain < -0.02 else "hardly moved"
+  word = (
+    "learned" if gain > 0.1 else "lost accuracy" if gain < -0.02 else "hardly moved"
+  )
   return (
     f"RL {word}: pass@1 {change('pass_at_1', 2)}, length {change('mean_length', 1)}"
     f" tokens, re-checks a response {change('reflection_rate', 2)}, in"

@@ -22,7 +22,9 @@ from r1jax.prompts import PromptBatch
 class Rollout:
   tokens: jax.Array  # B G T int32, the completions, padded on the right
   mask: jax.Array  # B G T bool, the sampled tokens, the stop token included
-  logprobs: jax.Array  # B G T float32, of the sampled (tempered) distribution; 0 in padding
+  logprobs: (
+    jax.Array
+  )  # B G T float32, of the sampled (tempered) distribution; 0 in padding
   entropy: jax.Array  # B G T float32, nats, of that distribution; 0 in padding
   ended: jax.Array  # B G bool, a stop token was drawn; False means truncated
 

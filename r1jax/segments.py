@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import optax
 
-from r1jax import grpo, rollout as rollout_lib
+from r1jax import grpo
+from r1jax import rollout as rollout_lib
 from r1jax.models.policy import Policy
 from r1jax.prompts import PromptBatch
 from r1jax.rollout import Rollout
@@ -91,9 +92,7 @@ def make_segments(
   experience = functools.partial(
     grpo.experience, policy=policy, reward_fn=reward_fn, config=c
   )
-  update = functools.partial(
-    grpo.update, policy=policy, optimizer=optimizer, config=c
-  )
+  update = functools.partial(grpo.update, policy=policy, optimizer=optimizer, config=c)
   return Segments(
     start=jax.jit(start),
     advance=jax.jit(advance, donate_argnums=2),

@@ -41,9 +41,7 @@ def policy_config(config: ConfigDict, vocab: int) -> PolicyConfig:
   options = config.model.to_dict()
   preset = options.pop("preset")
   if preset not in PRESETS:
-    raise UserError(
-      f"config.model.preset={preset!r} is not one of {sorted(PRESETS)}."
-    )
+    raise UserError(f"config.model.preset={preset!r} is not one of {sorted(PRESETS)}.")
   return PRESETS[preset](vocab, **options)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from flax import linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from r1jax.errors import UserError
 

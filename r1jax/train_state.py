@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from flax import linen as nn, struct
+from flax import linen as nn
+from flax import struct
 import jax
 import jax.numpy as jnp
 import optax

@@ -81,7 +81,9 @@ def tiny() -> ConfigDict:
   # -- RL
   c.steps = 120  # updates
   c.prompts = 16  # B, problems a rollout
-  c.windows = ((0, 0),)  # (from update, output tokens); 0: the longest page and 1/8 more
+  c.windows = (
+    (0, 0),
+  )  # (from update, output tokens); 0: the longest page and 1/8 more
   c.segment_tokens = 0  # 0: a step is one program; N: decode N tokens a program
   c.grpo = ConfigDict()
   c.grpo.group_size = 16  # G, outputs a problem
@@ -119,7 +121,11 @@ def tiny() -> ConfigDict:
 def paper(c: ConfigDict) -> None:
   """R1-Zero's numbers; P2 is arXiv 2501.12948v2, V3 is arXiv 2412.19437."""
   c.preset = "paper"
-  c.mesh = (1, 128, 16)  # 2,048 chips; the paper's machine is 64 nodes of 8 H800 (P2 B.4.4)
+  c.mesh = (
+    1,
+    128,
+    16,
+  )  # 2,048 chips; the paper's machine is 64 nodes of 8 H800 (P2 B.4.4)
   c.model.preset = "v3_671b"  # DeepSeek-V3-Base (P2 2.1)
   c.data.template = "r1_zero"  # P2 Table 1
   c.data.prompt_length = 1024  # not stated

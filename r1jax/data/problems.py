@@ -60,7 +60,7 @@ def generate(task: Task, *, pretrain: int, train: int, held_out: int) -> Split:
     tries += 1
     if tries > 50 * sum(wanted.values()):
       raise UserError(
-        f"the task yields too few distinct problems: {({s: len(p) for s, p in sides.items()})}"
+        f"the task yields too few distinct problems: { ({s: len(p) for s, p in sides.items()}) }"
         f" of {wanted}. Make it larger (more terms or higher numbers) or ask for fewer."
       )
     p = task.problem(rng)
@@ -71,7 +71,9 @@ def generate(task: Task, *, pretrain: int, train: int, held_out: int) -> Split:
   return Split(**{s: list(p.values()) for s, p in sides.items()})
 
 
-def read_jsonl(path: str | pathlib.Path, *, skip_malformed: bool = False) -> list[Problem]:
+def read_jsonl(
+  path: str | pathlib.Path, *, skip_malformed: bool = False
+) -> list[Problem]:
   """Reads {"problem": "...", "answer": "..." or [...]} a line, as GSM8K-like sets have.
 
   `question` is read as `problem` too; a GSM8K answer keeps what follows its `####`.
@@ -96,7 +98,8 @@ def read_jsonl(path: str | pathlib.Path, *, skip_malformed: bool = False) -> lis
       bad.append(f"{path}:{number}: {e}: {line[:60]!r}")
   if bad and not skip_malformed:
     raise UserError(
-      f"{bad[0]}" + (f" (and {len(bad) - 1} more such lines)" if len(bad) > 1 else "")
+      f"{bad[0]}"
+      + (f" (and {len(bad) - 1} more such lines)" if len(bad) > 1 else "")
       + '. A line is {"problem": "...", "answer": "..."}; mend it, or leave such lines'
       " out with --config.data.skip_malformed=True."
     )
@@ -163,4 +166,6 @@ def stream(count: int, batch: int, *, seed: int) -> grain.DatasetIterator:
       " Give more problems or lower config.prompts."
     )
   data = grain.MapDataset.source(np.arange(count)).seed(seed).shuffle().repeat()
-  return iter(grain.experimental.ElasticIterator(data, batch, grain.sharding.NoSharding()))
+  return iter(
+    grain.experimental.ElasticIterator(data, batch, grain.sharding.NoSharding())
+  )

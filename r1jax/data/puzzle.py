@@ -90,6 +90,4 @@ def work_out(digits: list[int], operators: str) -> list[int]:
 def solutions(digits: list[int], target: int) -> tuple[str, ...]:
   """Every string of operators that ends in `target`."""
   tries = itertools.product(OPERATORS, repeat=len(digits) - 1)
-  return tuple(
-    "".join(t) for t in tries if work_out(digits, "".join(t))[-1] == target
-  )
+  return tuple("".join(t) for t in tries if work_out(digits, "".join(t))[-1] == target)

@@ -8,7 +8,15 @@ import pathlib
 import numpy as np
 import sentencepiece
 
-SYMBOLS = ("<think>", "</think>", "<answer>", "</answer>", "<|User|>", "<|Assistant|>", "\n")
+SYMBOLS = (
+  "<think>",
+  "</think>",
+  "<answer>",
+  "</answer>",
+  "<|User|>",
+  "<|Assistant|>",
+  "\n",
+)
 
 
 class Tokenizer:

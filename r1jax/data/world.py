@@ -25,7 +25,9 @@ class World:
 def make_task(name: str, options: dict) -> Task:
   """The generator called `name`, at the difficulty that its options set."""
   if name not in TASKS:
-    raise UserError(f"config.task={name!r} is not a task; choose one of {sorted(TASKS)}.")
+    raise UserError(
+      f"config.task={name!r} is not a task; choose one of {sorted(TASKS)}."
+    )
   return TASKS[name](**options)
 
 
@@ -110,7 +112,11 @@ def longest_prompt(
 ) -> int:
   """Tokens of the longest prompt, rounded up to a multiple of 4."""
   lengths = [
-    len(prompts.encode(p.problem, tokenizer, template=template, prefill_think=prefill_think))
+    len(
+      prompts.encode(
+        p.problem, tokenizer, template=template, prefill_think=prefill_think
+      )
+    )
     for p in rows
   ]
   return -(-max(lengths) // 4) * 4

@@ -14,7 +14,8 @@ from r1jax.rollout import Rollout
 
 # The words whose frequency R1 tracks (supplement, "self-evolution" of R1-Zero).
 REFLECTION = re.compile(
-  r"\b(wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b", re.IGNORECASE
+  r"\b(wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b",
+  re.IGNORECASE,
 )
 
 

@@ -73,7 +73,10 @@ class PolicyConfig:
         f"dense_layers={self.dense_layers} must lie in 0..layers={self.layers}",
       ),
       (self.mtp_depth in (0, 1), f"mtp_depth={self.mtp_depth} must be 0 or 1"),
-      (self.moe in ("dense", "ragged"), f"moe={self.moe!r} must be 'dense' or 'ragged'"),
+      (
+        self.moe in ("dense", "ragged"),
+        f"moe={self.moe!r} must be 'dense' or 'ragged'",
+      ),
     ]
     for ok, rule in rules:
       if not ok:

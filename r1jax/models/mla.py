@@ -5,7 +5,8 @@ by all heads. Training materialises keys and values from the latents; decoding f
 up-projections into query and output instead ("absorbed"), with the same numbers.
 """
 
-from flax import linen as nn, struct
+from flax import linen as nn
+from flax import struct
 import jax
 import jax.numpy as jnp
 
@@ -49,7 +50,9 @@ class MLA(nn.Module):
       return weight(self, name, shape, axes, fan_in=fan_in, std=std)
 
     if c.q_latent is None:
-      self.w_q = new("w_q", (c.width, c.heads, qk), ("embed", "heads", "head_dim"), c.width)
+      self.w_q = new(
+        "w_q", (c.width, c.heads, qk), ("embed", "heads", "head_dim"), c.width
+      )
     else:
       self.w_dq = new("w_dq", (c.width, c.q_latent), ("embed", "latent"), c.width)
       self.q_norm = RMSNorm(c.norm_eps)

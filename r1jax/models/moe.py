@@ -62,8 +62,13 @@ class MoE(nn.Module):
     Returns:
       ([B, T, D] output, [E] float32 number of counted tokens each expert served).
     """
-    c, (d, f, e) = self.config, (self.config.width, self.config.expert_ffn, self.config.experts)
-    w_router = weight(self, "w_router", (d, e), ("embed", None), fan_in=d, std=c.init_std)
+    c, (d, f, e) = (
+      self.config,
+      (self.config.width, self.config.expert_ffn, self.config.experts),
+    )
+    w_router = weight(
+      self, "w_router", (d, e), ("embed", None), fan_in=d, std=c.init_std
+    )
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
     bias = self.variable("router", "bias", lambda: zeros(None, (e,), jnp.float32)).value
     axes_in, axes_out = ("experts", "embed", "ffn"), ("experts", "ffn", "embed")
@@ -86,7 +91,9 @@ class MoE(nn.Module):
       routed = _every_expert(flat, jnp.einsum("ma,mae->me", gates, chosen), *weights)
     else:
       routed = _sorted_tokens(flat, experts, gates, *weights)
-    shared = SwiGLU(c, c.shared_experts * f, name="shared")(flat) if c.shared_experts else 0.0
+    shared = (
+      SwiGLU(c, c.shared_experts * f, name="shared")(flat) if c.shared_experts else 0.0
+    )
     return (routed + shared).reshape(x.shape), load
 
 

@@ -4,7 +4,8 @@ One forward definition serves trainer and sampler: `__call__` runs whole sequenc
 returns the cache entries of every layer, `decode` runs one token a row on such a cache.
 """
 
-from flax import linen as nn, struct
+from flax import linen as nn
+from flax import struct
 import jax
 import jax.numpy as jnp
 
@@ -80,7 +81,12 @@ class Policy(nn.Module):
   def setup(self):
     c = self.config
     self.embedding = weight(
-      self, "embedding", (c.vocab, c.width), ("vocab", "embed"), fan_in=4, std=c.init_std
+      self,
+      "embedding",
+      (c.vocab, c.width),
+      ("vocab", "embed"),
+      fan_in=4,
+      std=c.init_std,
     )
     if c.dense_layers:
       self.dense_layers = _stack(c, False, c.dense_layers)
@@ -107,7 +113,9 @@ class Policy(nn.Module):
       self.mtp_norm = RMSNorm(c.norm_eps)
 
   def _embed(self, tokens: jax.Array) -> jax.Array:
-    return sharding.shard_batch(self.embedding.astype(self.config.compute_dtype)[tokens])
+    return sharding.shard_batch(
+      self.embedding.astype(self.config.compute_dtype)[tokens]
+    )
 
   def _layers(self, carry, prefix, at):
     """Runs both stacks; returns (carry, cache entries, load by stack)."""
@@ -177,7 +185,10 @@ class Policy(nn.Module):
       (hidden [B, T, D] for `logits`, {"mtp_layer": load [E]}).
     """
     following = jnp.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
-    both = [self.mtp_embedding_norm(self._embed(following)), self.mtp_hidden_norm(trunk)]
+    both = [
+      self.mtp_embedding_norm(self._embed(following)),
+      self.mtp_hidden_norm(trunk),
+    ]
     x = jnp.concatenate(both, axis=-1) @ self.mtp_projection.astype(trunk.dtype)
     (x, _), (_, load) = self.mtp_layer((x, None), None, jnp.zeros((), jnp.int32), seq)
     return self.mtp_norm(x), {"mtp_layer": load}

@@ -5,8 +5,9 @@ token (not spelled out in characters), and an answer must have the accepted answ
 tokens (`07` is not `7`).
 """
 
+from collections.abc import Callable
 import dataclasses
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
