@@ -1,7 +1,7 @@
 """Checkpoints at step boundaries: the whole TrainState and what the host needs.
 
-Orbax's v1 API behind three verbs. `host` is a small JSON-like tree: the problem stream's
-position, the clock by phase, the config's digest.
+Orbax's v1 API behind three verbs. `host` is a small JSON-like tree: the position of the
+problem stream, and the clock by phase.
 """
 
 import pathlib
@@ -32,7 +32,7 @@ class Checkpoints:
     return None if newest is None else newest.step
 
   def save(self, step: int, state: Any, host: dict) -> None:
-    """Writes to a temporary folder and renames it: a killed save leaves the last one."""
+    """Writes a temporary folder, then renames it: a killed save leaves the last one."""
     self._checkpointer.save_checkpointables(step, {"state": state, "host": host})
 
   def restore_host(self, step: int) -> dict:

@@ -1,9 +1,9 @@
 """Group Relative Policy Optimisation (arXiv 2402.03300; arXiv 2501.12948, section 2.1).
 
 A step in four sentences: the policy samples G completions a prompt. A rule scores them
-and each group's rewards become advantages. The rows are shuffled into K minibatches, and
-each gives one clipped policy-gradient update with a KL term against the reference. After
-every update the router biases move by the experts' load, and every N updates the
+and each group's rewards become advantages. The rows are shuffled into K minibatches,
+and each gives one clipped policy-gradient update with a KL term against the reference.
+After every update the router biases move by the experts' load, and every N updates the
 reference becomes the policy.
 
 `whole_step` is all of it in one program; `experience` and `update` are the pieces that
@@ -142,7 +142,7 @@ def grpo_loss(
     rows: m rows.
     clip_eps: eps.
     kl_coef: beta.
-    total_rows: M, the rows of the whole minibatch, so that micro-batches' losses add up.
+    total_rows: M, the rows of the whole minibatch, so that its parts' losses add up.
 
   Returns:
     (scalar, metrics): each metric a share of the minibatch's, to be summed (names

@@ -1,4 +1,4 @@
-"""R1-Zero on the host: base, RL, evaluation, result. The only room that calls the others.
+"""R1-Zero on the host: base, RL, evaluation, result. The only room that calls others.
 
 All that a run does lies in its workdir: config.json, tokenizer.model, metrics.jsonl,
 samples.jsonl, checkpoints/, summary.json, curves.png. The same command again resumes a
@@ -7,6 +7,7 @@ run, and shows the result of one that has ended.
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import resource
@@ -86,7 +87,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
   return summary
 
 
-# -- setting up -------------------------------------------------------------------------
+# -- setting up ----------------------------------------------------------------
 
 
 def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -98,7 +99,7 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
     probe.unlink()
   except OSError as error:
     raise UserError(
-      f"--workdir={workdir} cannot be written ({error.strerror}). Choose another folder."
+      f"--workdir={workdir} cannot be written ({error.strerror}). Choose another one."
     ) from error
   path, new = workdir / "config.json", settings.plain(config)
   if not path.exists():
@@ -194,11 +195,15 @@ def compiled(this: Run, function, *args, donate: tuple[int, ...] = (), **jit) ->
     return jax.jit(function, donate_argnums=donate, **jit).lower(*args).compile()
 
 
+def take(problems: PromptBatch, index: np.ndarray) -> PromptBatch:
+  return jax.tree.map(lambda x: x[index], problems)
+
+
 def put_batch(this: Run, batch: Any) -> Any:
   return jax.device_put(batch, sharding.batch_sharding(this.mesh))
 
 
-# -- the base ---------------------------------------------------------------------------
+# -- the base ------------------------------------------------------------------
 
 
 def pretrain(this: Run) -> tuple[Any, Any]:
@@ -257,7 +262,7 @@ def pretrain(this: Run) -> tuple[Any, Any]:
   return state.params, state.router
 
 
-# -- reinforcement learning -------------------------------------------------------------
+# -- reinforcement learning ----------------------------------------------------
 
 
 def reinforce(this: Run, params: Any, router: Any) -> None:
@@ -297,8 +302,7 @@ def reinforce(this: Run, params: Any, router: Any) -> None:
   while step < c.steps:
     window = settings.window_at(this.windows, step)
     with this.clock.phase("rl"):
-      index = np.asarray(next(stream))
-      batch = put_batch(this, jax.tree.map(lambda x: x[index], this.train))
+      batch = put_batch(this, take(this.train, np.asarray(next(stream))))
     if window not in programs:
       programs[window] = make_step(this, optimizer, window, state, batch, key)
     with this.clock.phase("rl"):
@@ -365,7 +369,7 @@ def record(this: Run, step: int, said: rollout.Rollout, figures: dict) -> None:
   )
 
 
-# -- evaluation and result --------------------------------------------------------------
+# -- evaluation and result -----------------------------------------------------
 
 
 class Evaluator:
@@ -406,7 +410,8 @@ class Evaluator:
       prefill = this.config.data.prefill_think
       figures = generate.summarise(samples, prefill_think=prefill)
     this.metrics.write({"phase": "eval", "step": step, **figures})
-    for problem, group in list(zip(this.held_out_problems, texts))[: SHOWN[0]]:
+    shown = zip(this.held_out_problems, texts, strict=True)
+    for problem, group in itertools.islice(shown, SHOWN[0]):
       row = {**dataclasses.asdict(problem), "texts": group[: SHOWN[1]]}
       this.samples.write({"phase": "eval", "step": step, **row})
     this.progress.say(

@@ -39,7 +39,7 @@ def curves(
     ),
     ("kl", "KL to the reference, nats a token", []),
   ]
-  for axis, (key, label, lines) in zip(axes.flat, panels):
+  for axis, (key, label, lines) in zip(axes.flat, panels, strict=True):
     axis.plot(steps, [r[key] for r in train], color="0.7", lw=1, label="rollouts")
     for name, shown in lines:
       axis.plot(held_out, [r[name] for r in evals], marker="o", ms=4, label=shown)

@@ -1,4 +1,4 @@
-"""From a ConfigDict to the dataclasses of the rooms, and the checks before any compile."""
+"""From a ConfigDict to the rooms' dataclasses, and the checks before any compile."""
 
 import hashlib
 import json
@@ -69,8 +69,8 @@ def pretrain_optimizer_config(config: ConfigDict) -> OptimizerConfig:
 def windows(config: ConfigDict, longest_page: int) -> list[tuple[int, int]]:
   """(first update, output tokens) of each window.
 
-  A window begins with the next whole rollout; one of 0 tokens is the longest page of the
-  corpus and an eighth more.
+  A window begins with the next whole rollout; one of 0 tokens is the longest page of
+  the corpus and an eighth more.
   """
   k = config.grpo.minibatches
   fitted = -(-longest_page * 9 // 8)
@@ -106,20 +106,20 @@ def check(config: ConfigDict, devices: int) -> None:
     (c.steps >= 1, f"steps={c.steps} must be at least 1"),
     (
       c.steps % g.minibatches == 0,
-      f"steps={c.steps} updates must be whole rollouts of"
-      f" grpo.minibatches={g.minibatches}; try {-(-c.steps // g.minibatches) * g.minibatches}",
+      f"steps={c.steps} updates must be whole rollouts of grpo.minibatches="
+      f"{g.minibatches}; try {-(-c.steps // g.minibatches) * g.minibatches}",
     ),
     (
       c.prompts % shards == 0,
-      f"prompts={c.prompts} is not divisible by the {shards} data shards (fsdp x expert)"
-      f" of mesh={shape}; try {-(-c.prompts // shards) * shards}",
+      f"prompts={c.prompts} is not divisible by the {shards} data shards (fsdp x"
+      f" expert) of mesh={shape}; try {-(-c.prompts // shards) * shards}",
     ),
     (
       rows % (parts * shards) == 0,
       f"a rollout's prompts x grpo.group_size = {rows} outputs do not divide into"
-      f" grpo.minibatches x grpo.micro_batches = {g.minibatches} x {g.micro_batches} parts"
-      f" over {shards} data shards; change one of them so that {rows} is a multiple of"
-      f" {parts * shards}",
+      f" grpo.minibatches x grpo.micro_batches = {g.minibatches} x {g.micro_batches}"
+      f" parts over {shards} data shards; change one of them so that {rows} is a"
+      f" multiple of {parts * shards}",
     ),
     (
       c.pretrain.steps == 0 or c.pretrain.rows % (micro * shards) == 0,

@@ -31,7 +31,7 @@ def positions(segments: jax.Array) -> jax.Array:
 
 
 def targets_ahead(pages: Pages, ahead: int) -> jax.Array:
-  """[B, W - ahead] bool: positions whose token `ahead` later is a target of their page."""
+  """[B, W - ahead] bool: the token `ahead` later is a target of the same page."""
   same = pages.segments[:, ahead:] == pages.segments[:, :-ahead]
   return pages.targets[:, ahead:] & same & (pages.segments[:, ahead:] > 0)
 

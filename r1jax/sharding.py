@@ -16,8 +16,8 @@ from r1jax.errors import UserError
 
 AXES = ("fsdp", "expert", "tensor")
 
-# Logical axis -> mesh axis (None: replicated). The batch of prompts is spread over every
-# axis that does not split a matrix product.
+# Logical axis -> mesh axis (None: replicated). The batch of prompts is spread over
+# every axis that does not split a matrix product.
 RULES = (
   ("batch", ("fsdp", "expert")),
   ("embed", "fsdp"),
@@ -72,7 +72,7 @@ def data_shards(mesh: Mesh) -> int:
 
 
 def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
-  """NamedShardings for a tree of `nn.Partitioned` boxes (as `jax.eval_shape` of init)."""
+  """NamedShardings for a tree of `nn.Partitioned` boxes (the shapes of an init)."""
   specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
   return jax.tree.map(
     lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)

@@ -28,8 +28,8 @@ class Chain:
   def __post_init__(self):
     if self.terms < 2 or self.low > 1 or self.high < 9:
       raise UserError(
-        f"config.chain: terms={self.terms}, low={self.low}, high={self.high}; needed are"
-        " terms >= 2, low <= 1 and high >= 9, so that a sum can start with any digit."
+        f"config.chain: terms={self.terms}, low={self.low}, high={self.high}; needed"
+        " are terms >= 2, low <= 1 and high >= 9: a sum can start with any digit."
       )
 
   def problem(self, rng: random.Random) -> Problem:
@@ -68,7 +68,7 @@ class Chain:
       return f"<think>I guess</think><answer>{said}</answer>"
     words = problem.problem.split()
     value, steps = int(words[0]), []
-    for op, number in zip(words[1::2], words[2::2]):
+    for op, number in zip(words[1::2], words[2::2], strict=True):
       step, result = f"{value} {op} {number} = ", _apply(value, op, int(number))
       value = self._slip(result, rng) if rng.random() < self.slip else result
       steps.append(f"{step}{value}")

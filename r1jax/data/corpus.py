@@ -56,8 +56,8 @@ def pack(
   are left out.
 
   Returns:
-    (tokens [rows, width] int32, segments [rows, width] int32): segment 0 is padding, and
-    a page attends to its own segment only.
+    (tokens [rows, width] int32, segments [rows, width] int32): segment 0 is padding,
+    and a page attends to its own segment only.
   """
   docs = [
     [tokenizer.bos_id, *ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)

@@ -60,8 +60,9 @@ def generate(task: Task, *, pretrain: int, train: int, held_out: int) -> Split:
     tries += 1
     if tries > 50 * sum(wanted.values()):
       raise UserError(
-        f"the task yields too few distinct problems: { ({s: len(p) for s, p in sides.items()}) }"
-        f" of {wanted}. Make it larger (more terms or higher numbers) or ask for fewer."
+        "the task yields too few distinct problems:"
+        f" {dict((s, len(p)) for s, p in sides.items())} of {wanted}. Make the task"
+        " harder (more terms or higher numbers) or lower config.counts."
       )
     p = task.problem(rng)
     b = bucket(p.problem)
@@ -105,7 +106,8 @@ def read_jsonl(
     )
   if not problems:
     raise UserError(
-      f"config.data.problems={path} holds no usable problem ({len(bad)} malformed lines)."
+      f"config.data.problems={path} holds no usable problem"
+      f" ({len(bad)} malformed lines)."
     )
   return problems
 

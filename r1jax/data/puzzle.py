@@ -49,8 +49,8 @@ class Puzzle:
     """What stands after a prompt.
 
     Args:
-      kind: `bare` or `guess` (operators at random, without or with tags), `working` (one
-        try, right or not), `checked` (tries until one fits or the page gives up).
+      kind: `bare` or `guess` (operators at random, without or with tags), `working`
+        (one try, right or not), `checked` (tries until one fits or it gives up).
       problem: a puzzle.
       rng: of the page.
     """
@@ -65,7 +65,7 @@ class Puzzle:
     lines = []
     for operators in tries:
       values, steps, value = work_out(digits, operators), [], digits[0]
-      for op, digit, result in zip(operators, digits[1:], values):
+      for op, digit, result in zip(operators, digits[1:], values, strict=True):
         steps.append(f"{value} {op} {digit} = {result}")
         value = result
       found = value == target

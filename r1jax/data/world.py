@@ -89,8 +89,8 @@ def encode_problems(
     if len(ids) > prompt_length:
       raise UserError(
         f"the problem {p.problem[:60]!r} makes a prompt of {len(ids)} tokens and the"
-        f" window holds {prompt_length}. Set config.data.prompt_length={len(ids)} or more"
-        " (0 fits it to the data), or drop the problem."
+        f" window holds {prompt_length}. Set config.data.prompt_length={len(ids)} or"
+        " more (0 fits it to the data), or drop the problem."
       )
     encoded.append(ids)
   tokens, mask = prompts.pad_left(encoded, prompt_length, tokenizer.pad_id)

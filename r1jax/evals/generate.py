@@ -33,8 +33,8 @@ def texts_of(rollout: Rollout, tokenizer: Tokenizer) -> list[list[str]]:
   """The completions of a rollout, [B][G] strings."""
   tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
   return [
-    [tokenizer.decode(row[keep]) for row, keep in zip(rows, keeps)]
-    for rows, keeps in zip(tokens, mask)
+    [tokenizer.decode(row[keep]) for row, keep in zip(rows, keeps, strict=True)]
+    for rows, keeps in zip(tokens, mask, strict=True)
   ]
 
 

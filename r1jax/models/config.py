@@ -21,7 +21,7 @@ class Yarn:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-  """DeepSeek-V3 (arXiv 2412.19437, section 2.1). The letters are those of the README."""
+  """DeepSeek-V3 (arXiv 2412.19437, section 2.1); the letters are the README's."""
 
   vocab: int  # V
   width: int  # D

@@ -1,8 +1,8 @@
 """Multi-head latent attention (DeepSeek-V3 report, Eq. 1-11).
 
-A token leaves one cache entry: its normalised kv latent and its rotated rope key, shared
-by all heads. Training materialises keys and values from the latents; decoding folds the
-up-projections into query and output instead ("absorbed"), with the same numbers.
+A token leaves one cache entry: its normalised kv latent and its rotated rope key,
+shared by all heads. Training materialises keys and values from the latents; decoding
+folds the up-projections into query and output instead ("absorbed"): the same numbers.
 """
 
 from flax import linen as nn

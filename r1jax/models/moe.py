@@ -1,7 +1,7 @@
 """DeepSeekMoE with aux-loss-free balancing (DeepSeek-V3 report, Eq. 12-16).
 
 The router bias lives in the collection `router`, outside the parameters: it chooses
-experts, never weighs them, gets no gradient, and is moved by `balance` after each update.
+experts, never weighs them, gets no gradient, and `balance` moves it after each update.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def choose_experts(
 
   Returns:
     (experts [M, A] int32, gates [M, A] float32): the A experts with the highest s + b
-    within the groups whose two best s + b sum highest, and g = s / sum(s) * route_scale.
+    within the groups whose two best s + b sum highest, and g = s / sum(s) * scale.
   """
   c = config
   choice = jax.lax.stop_gradient(scores) + bias[None]
@@ -132,10 +132,11 @@ def balance(router: Any, load: Any, rate: float) -> Any:
     rate: the bias update speed, 0.001 in V3's pre-training.
   """
 
-  def move(bias, served):
-    return bias + rate * jnp.sign(served.mean(axis=-1, keepdims=True) - served)
+  def moved(biases, served):
+    toward = jnp.sign(served.mean(axis=-1, keepdims=True) - served)
+    return jax.tree.map(lambda bias: bias + rate * toward, biases)
 
   return {
-    stack: jax.tree.map(lambda b: move(b, load[stack]), tree) if stack in load else tree
-    for stack, tree in router.items()
+    stack: moved(biases, load[stack]) if stack in load else biases
+    for stack, biases in router.items()
   }

@@ -170,7 +170,7 @@ class Policy(nn.Module):
   def mtp(
     self, trunk: jax.Array, tokens: jax.Array, seq: Sequence
   ) -> tuple[jax.Array, dict]:
-    """Multi-token prediction (report, Eq. 21-23): at position i, hidden for token i + 2.
+    """Multi-token prediction (report, Eq. 21-23): at i, the hidden for token i + 2.
 
     h'_i = M [norm(Emb(t_i+1)) ; norm(h_i)], one more block, a norm, the shared head.
     Differs: the report prints [hidden ; embedding]; the released weights expect the

@@ -1,4 +1,4 @@
-"""Is the reasoning where the template asks for it? (R1, section 2.2: format rewards.)"""
+"""Is the reasoning where the template wants it? (R1, section 2.2: format rewards.)"""
 
 import re
 

@@ -37,8 +37,8 @@ class TagTable:
 def accuracy(
   tokens: jax.Array, mask: jax.Array, accepted: jax.Array, tags: TagTable
 ) -> jax.Array:
-  """1 where the tokens between the last `<answer>` and the next `</answer>`, outer white
-  space aside, equal an accepted answer.
+  """1 where the tokens between the last `<answer>` and the next `</answer>`, outer
+  white space aside, equal an accepted answer.
 
   Args:
     tokens: [B, G, T] int32 completions.
