@@ -91,7 +91,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
 
 
 def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Makes the folder; refuses one that belongs to another config."""
+  """Makes the folder; refuses one that holds a run of another config."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / ".writable"
@@ -103,7 +103,6 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
     ) from error
   path, new = workdir / "config.json", settings.plain(config)
   if not path.exists():
-    write_json(path, new)
     return
   changes = settings.differences(json.loads(path.read_text()), new)
   if changes:
@@ -136,7 +135,6 @@ def prepare(
     tokenizer = Tokenizer.load(path)
   else:
     tokenizer = Tokenizer.train(texts, vocab=c.pretrain.vocab, symbols=task.symbols)
-    tokenizer.save(path)
   kept = world.held_out[: c.eval.problems]
   if len(kept) < c.eval.problems:
     raise UserError(
@@ -154,6 +152,11 @@ def prepare(
   def longest(rows: list[str]) -> int:
     return max(map(len, tokenizer.encode_batch(rows)))
 
+  policy = Policy(settings.policy_config(config, tokenizer.vocab))
+  encoded, asked = encode(world.train), encode(kept)
+  # Only now is the folder claimed: a mistake found above leaves nothing behind.
+  tokenizer.save(path)
+  write_json(workdir / "config.json", settings.plain(config))
   return Run(
     config=config,
     workdir=workdir,
@@ -164,9 +167,9 @@ def prepare(
     samples=MetricsFile(workdir / "samples.jsonl"),
     world=world,
     tokenizer=tokenizer,
-    policy=Policy(settings.policy_config(config, tokenizer.vocab)),
-    train=encode(world.train),
-    held_out=encode(kept),
+    policy=policy,
+    train=encoded,
+    held_out=asked,
     held_out_problems=kept,
     page=2 + longest(texts),  # BOS and EOS
     windows=settings.windows(c, 1 + longest([page for _, page in pages])),

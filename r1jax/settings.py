@@ -116,7 +116,8 @@ def check(config: ConfigDict, devices: int) -> None:
     ),
     (
       rows % (parts * shards) == 0,
-      f"a rollout's prompts x grpo.group_size = {rows} outputs do not divide into"
+      f"prompts={c.prompts} x grpo.group_size={g.group_size} = {rows} outputs do not"
+      " divide into"
       f" grpo.minibatches x grpo.micro_batches = {g.minibatches} x {g.micro_batches}"
       f" parts over {shards} data shards; change one of them so that {rows} is a"
       f" multiple of {parts * shards}",

@@ -41,6 +41,8 @@ def tiny() -> ConfigDict:
   c.chain.terms = 4  # numbers in a sum
   c.chain.low = 0  # least running total
   c.chain.high = 9  # greatest running total
+  c.puzzle = ConfigDict()  # difficulty of `puzzle` (r1jax/data/puzzle.py)
+  c.puzzle.numbers = 3  # digits, with an operator to find between each two
   c.counts = ConfigDict()  # problems to generate on each side
   c.counts.pretrain = 3000  # what pages are about
   c.counts.train = 2000  # what RL asks

@@ -8,10 +8,11 @@ from r1jax import prompts
 from r1jax.data import problems
 from r1jax.data.chain import Chain
 from r1jax.data.problems import Problem, Task
+from r1jax.data.puzzle import Puzzle
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
 
-TASKS = {"chain": Chain}
+TASKS = {"chain": Chain, "puzzle": Puzzle}
 
 
 @dataclasses.dataclass(frozen=True)

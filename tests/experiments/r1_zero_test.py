@@ -1,0 +1,75 @@
+"""The command line: a mistake ends early, in one line, with the remedy and code 2."""
+
+import subprocess
+import sys
+
+import pytest
+
+BAD = "experiments/configs/r1_zero.py:nope"
+
+
+def run(*args: str, cwd=None) -> subprocess.CompletedProcess:
+  command = [sys.executable, "-m", "experiments.r1_zero", *args]
+  return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+@pytest.mark.parametrize(
+  "argument, words",
+  [
+    ("--config.grpo.grup_size=8", ["'grup_size'", "did you mean 'group_size'"]),
+    ("--config.grpo.group_size=1", ["group_size=1", "at least 2"]),
+    ("--config.mesh=(2,2,1)", ["mesh=(2, 2, 1)", "devices", "(-1, 1, 1)"]),
+    ("--config.steps=121", ["steps=121", "try 122"]),
+    ("--config.grpo.reference_refresh=15", ["reference_refresh=15", "multiple"]),
+    ("--config.prompts=15", ["prompts=15", "multiple of"]),
+    ("--config.data.prompt_length=4", ["prompt_length=", "drop the problem"]),
+    ("--config.task=chess", ["'chess'", "chain", "puzzle"]),
+    ("--config.data.problems=nowhere.jsonl", ["nowhere.jsonl", "no such file"]),
+    ("--config.data.template=chatty", ["'chatty'", "r1_zero"]),
+    ("--config=nowhere.py", ["nowhere.py"]),
+    (f"--config={BAD}", ["nope", "tiny", "paper"]),
+    ("--wrkdir=x", ["wrkdir"]),
+    ("--config=experiments/configs/r1_zero.py:paper", ["mesh=(1, 128, 16)", "devices"]),
+  ],
+)
+def test_a_mistake_is_one_line_with_the_remedy(argument, words, tmp_path):
+  workdir = tmp_path / "run"
+  done = run(argument, f"--workdir={workdir}")
+  assert done.returncode == 2, done.stderr
+  lines = done.stderr.strip().splitlines()
+  assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+  for word in words:
+    assert word in lines[0]
+  assert not (workdir / "metrics.jsonl").exists()
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
+  file = tmp_path / "file"
+  file.write_text("mine")
+  done = run(f"--workdir={file}")
+  assert done.returncode == 2 and "cannot be written" in done.stderr
+  assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+  "content, words",
+  [
+    ("", ["no usable problem"]),
+    ('{"problem": "1 + 1", "answer": "2"}\n{"problem": \n', [":2:", "not JSON"]),
+    ('{"problem": "1 + 1"}\n', [":1:", '"answer"']),
+  ],
+)
+def test_a_bad_problem_file_names_its_line(content, words, tmp_path):
+  path = tmp_path / "problems.jsonl"
+  path.write_text(content)
+  done = run(f"--config.data.problems={path}", f"--workdir={tmp_path / 'run'}")
+  assert done.returncode == 2
+  for word in words:
+    assert word in done.stderr
+
+
+def test_help_names_the_keys():
+  done = run("--help")
+  assert done.returncode == 0
+  assert "--config.grpo.group_size=16" in done.stdout
+  assert "Exit codes" in done.stdout

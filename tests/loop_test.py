@@ -1,0 +1,115 @@
+"""The host loop: a whole small run, killed and resumed, and what a workdir refuses."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+SMALL = [
+  "--config.model.width=32",
+  "--config.model.heads=2",
+  "--config.model.layers=2",
+  "--config.pretrain.steps=9",
+  "--config.pretrain.rows=8",
+  "--config.pretrain.micro_batches=2",
+  "--config.prompts=4",
+  "--config.grpo.group_size=4",
+  "--config.grpo.micro_batches=2",
+  "--config.grpo.reference_refresh=4",
+  "--config.eval.problems=8",
+  "--config.eval.samples=4",
+  "--config.eval.every=6",
+  "--config.checkpoint_every=4",
+  "--config.steps=12",
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("cache")
+
+
+def command(workdir: pathlib.Path, cache: pathlib.Path, *more: str) -> list[str]:
+  base = [sys.executable, "-m", "experiments.r1_zero", f"--workdir={workdir}"]
+  return [*base, f"--config.compilation_cache={cache}", *SMALL, *more]
+
+
+def run(*args, **kwargs) -> subprocess.CompletedProcess:
+  return subprocess.run(command(*args, **kwargs), capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+  """A run that nothing disturbed: (workdir, what it printed)."""
+  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  done = run(workdir, cache)
+  assert done.returncode == 0, done.stderr
+  return workdir, done.stdout
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+
+
+def test_a_run_leaves_its_summary_curves_and_groups(finished):
+  workdir, printed = finished
+  summary = json.loads((workdir / "summary.json").read_text())
+  figures = {"pass_at_1", "cons_at_4", "pass_at_4", "mean_length", "reflection_rate"}
+  for column in ("base", "half_way", "final"):
+    assert figures | {"format_rate"} <= set(summary[column])
+  assert (summary["base"]["step"], summary["final"]["step"]) == (0, 12)
+  assert summary["compilations"] == {"pretrain_step": 1, "evaluate": 1, "whole_step": 1}
+  assert {"compile", "pretrain", "rl", "evaluate", "total"} <= set(summary["seconds"])
+  assert summary["seed"] == 0 and len(summary["config_sha256"]) == 64
+  assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
+  assert "Before RL" in printed and "After RL" in printed and "pass@1" in printed
+
+
+def test_metrics_have_a_row_a_rollout(finished):
+  steps = [r["step"] for r in rows(finished[0]) if r["phase"] == "rl"]
+  assert steps == [2, 4, 6, 8, 10, 12]
+
+
+def test_starting_a_finished_run_again_shows_its_result(finished, cache):
+  workdir, _ = finished
+  before = (workdir / "summary.json").read_bytes()
+  again = run(workdir, cache)
+  assert again.returncode == 0
+  assert "This run has ended" in again.stdout and "pass@1" in again.stdout
+  assert (workdir / "summary.json").read_bytes() == before
+
+
+def test_a_workdir_of_another_config_is_refused_and_kept(finished, cache):
+  workdir, _ = finished
+  before = (workdir / "metrics.jsonl").read_bytes()
+  other = run(workdir, cache, "--config.grpo.clip_eps=0.2")
+  assert other.returncode == 2
+  assert "grpo.clip_eps: 10.0 -> 0.2" in other.stderr
+  assert len(other.stderr.strip().splitlines()) == 1
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_killed_run_ends_where_it_would_have_ended(finished, cache, tmp_path):
+  """SIGKILL in the middle of RL; the same command again gives the same metrics."""
+  workdir = tmp_path / "killed"
+  process = subprocess.Popen(
+    command(workdir, cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+  )
+  metrics = workdir / "metrics.jsonl"
+  deadline = time.monotonic() + 240
+  while time.monotonic() < deadline and process.poll() is None:
+    if metrics.exists() and '"phase": "rl", "step": 6' in metrics.read_text():
+      break
+    time.sleep(0.02)
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
+  assert not (workdir / "summary.json").exists(), "the run ended before it was killed"
+  again = run(workdir, cache)
+  assert again.returncode == 0, again.stderr
+  assert "continuing from update 4" in again.stdout.replace("\n", " ")
+  assert rows(workdir) == rows(finished[0])
