@@ -263,7 +263,7 @@ def update(
       lambda: Reference(params, router),
       lambda: state.reference,
     )
-  metrics["grad_norm"] = optax.global_norm(grads)
+  metrics["grad_norm"] = optax.tree.norm(grads)
   metrics["load_imbalance"] = load_imbalance(load)
   return TrainState(step, params, router, opt_state, reference), metrics
 

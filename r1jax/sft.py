@@ -105,4 +105,4 @@ def step(
     router=moe.balance(state.router, load, router_bias_rate),
     opt_state=opt_state,
   )
-  return state, {**metrics, "grad_norm": optax.global_norm(grads)}
+  return state, {**metrics, "grad_norm": optax.tree.norm(grads)}
