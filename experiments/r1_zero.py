@@ -24,7 +24,7 @@ CONFIG = pathlib.Path(__file__).parent / "configs" / "r1_zero.py"
 
 
 def main(config: ConfigDict, workdir: str) -> None:
-  name = f"r1_zero-{config.preset}-{config.task}-seed{config.seed}"
+  name = f"r1_zero-{config.preset}-seed{config.seed}"
   if config.seeds > 1:
     folder = pathlib.Path(workdir or f"runs/{name}-seeds").resolve()
     command.over_seeds("experiments.r1_zero", config, folder)

@@ -376,7 +376,10 @@ def record(this: Run, step: int, said: rollout.Rollout, figures: dict) -> None:
 
 
 class Evaluator:
-  """Samples the held-out problems with a policy and writes the figures."""
+  """Samples the held-out problems with a policy and writes the figures.
+
+  One program of config.prompts problems runs again and again: its cache stays small.
+  """
 
   def __init__(self, this: Run, state: train_state.TrainState):
     c = this.config
@@ -396,19 +399,30 @@ class Evaluator:
       )
 
     self.this = this
-    self.prompts = put_batch(this, this.held_out)
+    count = len(this.held_out_problems)
+    # The last chunk is filled up with the first problems, and what is over is cut off.
+    places = np.arange(-(-count // c.prompts) * c.prompts) % count
+    self.chunks = [
+      put_batch(this, take(this.held_out, part))
+      for part in places.reshape(-1, c.prompts)
+    ]
     self.key = jax.random.fold_in(jax.random.key(c.seed), 2)
     self.program = compiled(
-      this, evaluate, state.params, state.router, self.prompts, self.key
+      this, evaluate, state.params, state.router, self.chunks[0], self.key
     )
 
   def __call__(self, state: train_state.TrainState, step: int) -> None:
     this = self.this
     with this.clock.phase("evaluate"):
-      said = self.program(state.params, state.router, self.prompts, self.key)
+      said = [
+        self.program(state.params, state.router, part, jax.random.fold_in(self.key, i))
+        for i, part in enumerate(self.chunks)
+      ]
+      said = jax.tree.map(lambda *x: np.concatenate(x), *said)
+      said = jax.tree.map(lambda x: x[: len(this.held_out_problems)], said)
       texts = generate.texts_of(said, this.tokenizer)
       samples = generate.Samples(
-        this.held_out_problems, texts, np.asarray(said.lengths), np.asarray(said.ended)
+        this.held_out_problems, texts, said.lengths, said.ended
       )
       prefill = this.config.data.prefill_think
       figures = generate.summarise(samples, prefill_think=prefill)

@@ -13,29 +13,32 @@ from r1jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-  """Sums of `terms` numbers from 1 to 9 whose running total stays in low..high.
+  """Sums of min_terms..max_terms digits whose running total stays in low..high.
 
-  All three set the difficulty: more steps, and more and longer single steps to know.
+  All of them set the difficulty: more steps, and more and longer single steps to know.
   """
 
-  terms: int = 4
+  min_terms: int = 4
+  max_terms: int = 4
   low: int = 0
   high: int = 9
+  zero: bool = False  # whether 0 is among the numbers
   slip: float = 0.25  # share of first attempts that a page gets wrong
   recheck: float = 0.9  # share of steps that a checked page writes again, right
   symbols: tuple[str, ...] = (" + ", " - ", " = ", ", ", ", wait ", "I guess")
 
   def __post_init__(self):
-    if self.terms < 2 or self.low > 1 or self.high < 9:
+    if not 2 <= self.min_terms <= self.max_terms or self.low > 1 or self.high < 9:
       raise UserError(
-        f"config.chain: terms={self.terms}, low={self.low}, high={self.high}; needed"
-        " are terms >= 2, low <= 1 and high >= 9: a sum can start with any digit."
+        f"config.chain: min_terms={self.min_terms}, max_terms={self.max_terms},"
+        f" low={self.low}, high={self.high}; needed are 2 <= min_terms <= max_terms,"
+        " low <= 1 and high >= 9, so that a sum can start with any digit."
       )
 
   def problem(self, rng: random.Random) -> Problem:
-    value = rng.randint(1, 9)
+    value = rng.randint(0 if self.zero else 1, 9)
     text = str(value)
-    for _ in range(self.terms - 1):
+    for _ in range(rng.randint(self.min_terms, self.max_terms) - 1):
       op, number, value = self._move(value, rng)
       text += f" {op} {number}"
     return Problem(text, (str(value),))
@@ -48,8 +51,9 @@ class Chain:
 
   def _move(self, value: int, rng: random.Random) -> tuple[str, int, int]:
     """A random operation that keeps the total in range: (op, number, result)."""
-    moves = [("+", n, value + n) for n in range(1, 10) if value + n <= self.high]
-    moves += [("-", n, value - n) for n in range(1, 10) if value - n >= self.low]
+    numbers = range(0 if self.zero else 1, 10)
+    moves = [("+", n, value + n) for n in numbers if value + n <= self.high]
+    moves += [("-", n, value - n) for n in numbers if value - n >= self.low]
     return rng.choice(moves)
 
   def page(self, kind: str, problem: Problem, rng: random.Random) -> str:
