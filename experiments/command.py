@@ -47,10 +47,11 @@ def parse(argv: list[str], config_file: str) -> tuple[ConfigDict, str]:
     config = flags.FLAGS.config
   except (AttributeError, KeyError) as error:
     hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
-    text = (
-      f"there is no config key {hint[2]!r}; did you mean {hint[1]!r}" if hint else error
-    )
-    raise UserError(f"{text}? --help lists all keys.") from error
+    key = hint[2] if hint else str(error).strip("'\"").splitlines()[0]
+    guess = f" Did you mean {hint[1]!r}?" if hint else ""
+    raise UserError(
+      f"there is no config key {key!r}.{guess} --help lists all keys."
+    ) from error
   except OSError as error:
     raise UserError(f"--config names a file that cannot be read: {error}") from error
   except (flags.Error, ValueError, TypeError) as error:

@@ -38,7 +38,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 
 def policy_config(config: ConfigDict, vocab: int) -> PolicyConfig:
-  options = config.model.to_dict()
+  options = {k: v for k, v in config.model.to_dict().items() if v is not None}
   preset = options.pop("preset")
   if preset not in PRESETS:
     raise UserError(f"config.model.preset={preset!r} is not one of {sorted(PRESETS)}.")

@@ -53,7 +53,7 @@ def finished(tmp_path_factory, cache):
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:
-  return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+  return [json.loads(r) for r in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_leaves_its_summary_curves_and_groups(finished):
@@ -73,6 +73,14 @@ def test_a_run_leaves_its_summary_curves_and_groups(finished):
 def test_metrics_have_a_row_a_rollout(finished):
   steps = [r["step"] for r in rows(finished[0]) if r["phase"] == "rl"]
   assert steps == [2, 4, 6, 8, 10, 12]
+
+
+def test_segments_give_the_run_the_same_figures(finished, cache, tmp_path):
+  done = run(tmp_path / "segments", cache, "--config.segment_tokens=16")
+  assert done.returncode == 0, done.stderr
+  for ours, theirs in zip(rows(tmp_path / "segments"), rows(finished[0]), strict=True):
+    assert ours.pop("phase") == theirs.pop("phase")
+    assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
 def test_starting_a_finished_run_again_shows_its_result(finished, cache):

@@ -17,6 +17,7 @@ Every value can be set on the command line: --config.grpo.group_size=8.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 PRESETS = ("tiny", "puzzle", "paper")
 
@@ -86,6 +87,11 @@ def tiny() -> ConfigDict:
   # -- the policy
   c.model = ConfigDict()
   c.model.preset = "tiny"  # a name in r1jax/models/config.py
+  # One of the preset's sizes can be set here; None keeps it.
+  for size in ("width", "layers", "dense_layers", "heads", "kv_latent", "experts"):
+    c.model[size] = placeholder(int)
+  c.model.active_experts = placeholder(int)
+  c.model.moe = placeholder(str)  # "dense": every expert on every token; "ragged"
 
   # -- RL
   c.steps = 120  # updates
