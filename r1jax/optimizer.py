@@ -85,7 +85,16 @@ def accumulate(
 
   Returns:
     (gradients, metrics, counts).
+
+  Raises:
+    ValueError: the rows do not divide into the parts.
   """
+  rows = jax.tree.leaves(batch)[0].shape[0]
+  if rows % micro_batches:
+    raise ValueError(
+      f"{rows} rows do not divide into micro_batches={micro_batches} equal parts; use a"
+      " divisor of the rows."
+    )
   grad_fn = jax.grad(loss_fn, has_aux=True)
   parts = jax.tree.map(
     lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch

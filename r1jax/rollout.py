@@ -94,18 +94,24 @@ def advance(
 ) -> Decoding:
   """Decodes until `limit` tokens are written or every row has ended.
 
-  The draw of row r at token t uses fold_in(fold_in(key, r), t) alone, so that a
-  completion does not depend on where the loop was cut or on how rows are laid out.
+  Token t of sample g of the problem with id i is drawn with the key
+  fold_in(fold_in(fold_in(key, i), g), t) alone: a completion depends neither on where
+  the loop was cut nor on which other problems share its batch.
   """
   variables = {"params": params, "router": router}
-  batch, group, length = carry.tokens.shape
-  row_keys = jax.vmap(lambda r: jax.random.fold_in(key, r))(jnp.arange(batch * group))
+  _, group, length = carry.tokens.shape
+  group_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(prompts.ids)
+  row_keys = jax.vmap(
+    lambda k: jax.vmap(lambda g: jax.random.fold_in(k, g))(jnp.arange(group))
+  )(group_keys)  # B G
   prompt_lengths = prompts.mask.sum(axis=1)[:, None]
 
   def draw(logits, t):
-    keys = jax.vmap(lambda k: jax.random.fold_in(k, t))(row_keys)
-    noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[-1:]))(keys)
-    return jnp.argmax(logits + noise.reshape(logits.shape), axis=-1).astype(jnp.int32)
+    def one(k, row):
+      noise = jax.random.gumbel(jax.random.fold_in(k, t), row.shape)
+      return jnp.argmax(row + noise).astype(jnp.int32)
+
+    return jax.vmap(jax.vmap(one))(row_keys, logits)
 
   def running(c: Decoding):
     return (c.t < jnp.minimum(limit, length)) & ~jnp.all(c.done)

@@ -4,8 +4,13 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from flax import linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from r1jax.models import policy
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -14,3 +19,26 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture
 def key():
   return jax.random.key(0)
+
+
+@pytest.fixture
+def random_weights():
+  """(network) -> (params, router) drawn in NumPy: nothing is one or zero, and nothing
+  compiles. Router biases are positive."""
+
+  def draw(network, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, x):
+      name = path[-1].key
+      if name == "scale":
+        return jnp.asarray(rng.uniform(0.5, 1.5, x.shape), jnp.float32)
+      if name == "bias":
+        return jnp.asarray(rng.uniform(0.0, 0.3, x.shape), jnp.float32)
+      std = 0.5 if name == "embedding" else 0.2
+      return jnp.asarray(std * rng.normal(size=x.shape), jnp.float32)
+
+    boxed = jax.eval_shape(lambda: policy.init(network, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(leaf, nn.unbox(boxed))
+
+  return draw

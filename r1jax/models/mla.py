@@ -20,7 +20,9 @@ class Sequence:
   """Where the tokens of a full forward pass stand."""
 
   positions: jax.Array  # B T int32, for RoPE
-  segments: jax.Array  # B T int32; 0 is padding; a token sees its own segment only
+  # B T int32; 0 is padding; a token sees its own segment only, whose number must not
+  # return later in the row.
+  segments: jax.Array
 
   @property
   def mask(self) -> jax.Array:  # B T T bool

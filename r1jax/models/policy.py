@@ -178,13 +178,16 @@ class Policy(nn.Module):
 
     Args:
       trunk: [B, T, D] from `__call__`.
-      tokens: [B, T]; the last position has no next token and sees its own.
+      tokens: [B, T].
       seq: as in `__call__`.
 
     Returns:
       (hidden [B, T, D] for `logits`, {"mtp_layer": load [E]}).
     """
     following = jnp.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
+    # A page's last position has no next token; nothing attends to it or counts it.
+    more = jnp.pad(seq.segments[:, 1:] == seq.segments[:, :-1], ((0, 0), (0, 1)))
+    seq = seq.replace(segments=jnp.where(more, seq.segments, 0))
     both = [
       self.mtp_embedding_norm(self._embed(following)),
       self.mtp_hidden_norm(trunk),

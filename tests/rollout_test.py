@@ -1,0 +1,288 @@
+"""The sampler against teacher forcing, against softmax, and cut into pieces."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax import grpo, prompts, rollout
+from r1jax.models import config, policy
+from r1jax.models.mla import Sequence
+
+VOCAB, PAD, STOPS = 16, 0, (3, 5, 9)
+WINDOW, GROUP, LENGTH = 5, 2, 10
+ROWS = [[7, 2], [1, 8, 4, 6], [11, 12, 13, 14, 15]]
+
+NETWORK = policy.Policy(
+  config.tiny(
+    VOCAB,
+    width=32,
+    layers=2,
+    heads=2,
+    q_latent=None,
+    kv_latent=10,
+    nope_dim=6,
+    rope_dim=8,
+    v_dim=5,
+    dense_ffn=24,
+    expert_ffn=12,
+    expert_groups=2,
+    active_groups=1,
+    route_scale=2.5,
+    rope_theta=20.0,
+  )
+)
+
+
+def batch_of(rows, window=WINDOW):
+  tokens, mask = prompts.pad_left(rows, window, PAD)
+  b = len(rows)
+  return prompts.PromptBatch(
+    tokens=jnp.asarray(tokens),
+    mask=jnp.asarray(mask),
+    answers=jnp.full((b, 1, 1), -1, jnp.int32),
+    ids=jnp.arange(b),
+  )
+
+
+def sample(
+  weights, batch, key, temperature=1.0, *, group=GROUP, length=LENGTH, stops=STOPS
+):
+  return _sample(weights, batch, key, temperature, group, length, stops)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _sample(weights, batch, key, temperature, group, length, stops):
+  return rollout.sample(
+    NETWORK,
+    *weights,
+    batch,
+    key,
+    group_size=group,
+    max_tokens=length,
+    temperature=temperature,
+    stop_ids=stops,
+    pad_id=PAD,
+  )
+
+
+@jax.jit
+def start(weights, batch):
+  return rollout.start(
+    NETWORK, *weights, batch, group_size=GROUP, max_tokens=LENGTH, pad_id=PAD
+  )
+
+
+def advance(weights, batch, carry, key, limit, *, stops=STOPS):
+  return _advance(weights, batch, carry, key, limit, stops)
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def _advance(weights, batch, carry, key, limit, stops):
+  return rollout.advance(
+    NETWORK,
+    *weights,
+    batch,
+    carry,
+    key,
+    limit,
+    temperature=1.0,
+    stop_ids=stops,
+    pad_id=PAD,
+  )
+
+
+@jax.jit
+def teacher_forced(weights, batch, drawn, temperature):
+  b, g, t = drawn.tokens.shape
+  rows = grpo.Rows(
+    prompts=jnp.repeat(batch.tokens, g, axis=0),
+    prompt_mask=jnp.repeat(batch.mask, g, axis=0),
+    completions=drawn.tokens.reshape(b * g, t),
+    completion_mask=drawn.mask.reshape(b * g, t),
+    old_logprobs=drawn.logprobs.reshape(b * g, t),
+    reference_logprobs=jnp.zeros((b * g, t)),
+    advantages=jnp.zeros(b * g),
+  )
+  logprobs, _ = grpo.completion_logprobs(NETWORK, *weights, rows, temperature)
+  return logprobs.reshape(b, g, t)
+
+
+def assert_equal_trees(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_equal_a_full_forward_pass(temperature, key, random_weights):
+  weights = random_weights(NETWORK)
+  batch = batch_of(ROWS)
+  drawn = sample(weights, batch, key, temperature)
+  want = np.asarray(teacher_forced(weights, batch, drawn, temperature))
+  mask = np.asarray(drawn.mask)
+  assert mask.sum() > 20
+  np.testing.assert_allclose(
+    np.asarray(drawn.logprobs)[mask], want[mask], rtol=0, atol=1e-5
+  )
+
+
+def test_rows_run_through_their_first_stop_token_and_hold_nothing_after_it(
+  key, random_weights
+):
+  drawn = sample(random_weights(NETWORK), batch_of(ROWS), key)
+  ended = []
+  for b in range(len(ROWS)):
+    for g in range(GROUP):
+      tokens = [int(x) for x in drawn.tokens[b, g]]
+      stops = [t for t, token in enumerate(tokens) if token in STOPS]
+      n = stops[0] + 1 if stops else LENGTH
+      ended.append(bool(stops))
+      assert drawn.mask[b, g].tolist() == [True] * n + [False] * (LENGTH - n)
+      assert tokens[n:] == [PAD] * (LENGTH - n)
+      assert bool(drawn.ended[b, g]) == bool(stops)
+      assert int(drawn.lengths[b, g]) == n
+      assert (np.asarray(drawn.logprobs[b, g, :n]) < 0).all()
+      assert (np.asarray(drawn.logprobs[b, g, n:]) == 0).all()
+      assert (np.asarray(drawn.entropy[b, g, n:]) == 0).all()
+  assert any(ended) and not all(ended), "choose a key that gives both kinds of row"
+
+
+def test_entropy_lies_between_zero_and_log_vocab(key, random_weights):
+  drawn = sample(random_weights(NETWORK), batch_of(ROWS), key)
+  entropy = np.asarray(drawn.entropy)[np.asarray(drawn.mask)]
+  assert (entropy > 0).all() and (entropy <= np.log(VOCAB) + 1e-6).all()
+
+
+def test_a_row_does_not_depend_on_the_width_of_the_prompt_window(key, random_weights):
+  weights = random_weights(NETWORK)
+  narrow = sample(weights, batch_of(ROWS), key)
+  wide = sample(weights, batch_of(ROWS, WINDOW + 3), key)
+  np.testing.assert_array_equal(narrow.tokens, wide.tokens)
+  np.testing.assert_array_equal(narrow.mask, wide.mask)
+  np.testing.assert_allclose(narrow.logprobs, wide.logprobs, atol=1e-5)
+  np.testing.assert_allclose(narrow.entropy, wide.entropy, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_the_other_prompts(key, random_weights):
+  weights = random_weights(NETWORK)
+  before = sample(weights, batch_of(ROWS), key)
+  after = sample(weights, batch_of([ROWS[0], [10], ROWS[2]]), key)
+  for b in (0, 2):
+    assert_equal_trees(*(jax.tree.map(lambda x, b=b: x[b], r) for r in (before, after)))
+  assert (before.tokens[1] != after.tokens[1]).any()
+
+
+def test_rows_of_a_group_and_keys_draw_differently(key, random_weights):
+  weights = random_weights(NETWORK)
+  one = sample(weights, batch_of(ROWS), key)
+  two = sample(weights, batch_of(ROWS), jax.random.key(1))
+  assert (one.tokens != two.tokens).any()
+  assert (one.tokens[:, 0] != one.tokens[:, 1]).any()
+  assert_equal_trees(one, sample(weights, batch_of(ROWS), key))
+
+
+def test_segments_of_a_rollout_equal_the_whole_bit_for_bit(key, random_weights):
+  weights, batch = random_weights(NETWORK), batch_of(ROWS)
+  carry = start(weights, batch)
+  for limit in (1, 4, 4, 9, LENGTH + 7):
+    carry = advance(weights, batch, carry, key, limit)
+    assert int(carry.t) <= min(limit, LENGTH)
+  assert_equal_trees(rollout.finish(carry), sample(weights, batch, key))
+
+
+def test_a_rollout_cut_short_holds_the_beginning_of_the_whole(key, random_weights):
+  weights, batch = random_weights(NETWORK), batch_of(ROWS)
+  part = rollout.finish(advance(weights, batch, start(weights, batch), key, 2))
+  whole = sample(weights, batch, key)
+  np.testing.assert_array_equal(part.mask[..., :2], whole.mask[..., :2])
+  np.testing.assert_array_equal(part.tokens[..., :2], whole.tokens[..., :2])
+  np.testing.assert_array_equal(part.logprobs[..., :2], whole.logprobs[..., :2])
+  assert not part.mask[..., 2:].any()
+
+
+def test_the_loop_ends_with_the_last_row(key, random_weights):
+  weights, batch = random_weights(NETWORK), batch_of(ROWS)
+  every = tuple(range(VOCAB))
+  carry = start(weights, batch)
+  assert int(carry.t) == 0 and not carry.done.any()
+  carry = advance(weights, batch, carry, key, LENGTH, stops=every)
+  assert int(carry.t) == 1 and carry.done.all()
+  again = advance(weights, batch, carry, jax.random.key(1), LENGTH, stops=every)
+  assert_equal_trees(again, carry)
+  drawn = rollout.finish(carry)
+  np.testing.assert_array_equal(drawn.lengths, np.ones((len(ROWS), GROUP)))
+  assert drawn.ended.all()
+
+
+def test_the_loop_runs_as_long_as_its_longest_row(key, random_weights):
+  weights, batch = random_weights(NETWORK), batch_of(ROWS)
+  carry = advance(weights, batch, start(weights, batch), key, LENGTH)
+  assert int(carry.t) == int(rollout.finish(carry).lengths.max())
+
+
+def test_a_group_shares_the_prefill_of_its_prompt(random_weights):
+  carry = jax.eval_shape(start, random_weights(NETWORK), batch_of(ROWS))
+  c = NETWORK.config
+  entry = c.kv_latent + c.rope_dim
+  assert carry.prefix.shape == (c.layers, len(ROWS), WINDOW, entry)
+  assert carry.suffix.shape == (c.layers, len(ROWS), GROUP, LENGTH, entry)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_frequencies_of_pairs_of_tokens_are_their_probabilities(
+  temperature, key, random_weights
+):
+  """The first token by softmax(logits / temperature), the second by its own, given the
+  first: within five standard deviations in every one of V x V cells."""
+  weights, n = random_weights(NETWORK), 8192
+  prompt = ROWS[2]
+  drawn = sample(
+    weights, batch_of([prompt]), key, temperature, group=n, length=2, stops=(99,)
+  )
+  pairs = np.asarray(drawn.tokens[0])
+  counts = np.zeros((VOCAB, VOCAB))
+  np.add.at(counts, (pairs[:, 0], pairs[:, 1]), 1)
+
+  logits = logits_after_every_token(weights, prompt).astype(np.float64) / temperature
+  p = np.exp(logits - logits.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  first, second = p[0, -2], p[:, -1]
+  expected = n * first[:, None] * second
+  spread = 5 * np.sqrt(expected * (1 - expected / n)) + 2
+  assert (np.abs(counts - expected) <= spread).all()
+  common = expected >= 5
+  chi_square = ((counts - expected)[common] ** 2 / expected[common]).sum()
+  cells = common.sum()
+  assert cells > 50
+  assert abs(chi_square - cells) < 5 * np.sqrt(2 * cells)
+
+  # The same numbers by hand: log-probabilities and entropies.
+  np.testing.assert_allclose(
+    drawn.logprobs[0, :, 0], np.log(first)[pairs[:, 0]], atol=1e-5
+  )
+  np.testing.assert_allclose(
+    drawn.logprobs[0, :, 1], np.log(second)[pairs[:, 0], pairs[:, 1]], atol=1e-5
+  )
+  entropies = -(second * np.log(second)).sum(-1)
+  np.testing.assert_allclose(
+    drawn.entropy[0, :, 0], np.full(n, -(first * np.log(first)).sum()), atol=1e-5
+  )
+  np.testing.assert_allclose(drawn.entropy[0, :, 1], entropies[pairs[:, 0]], atol=1e-5)
+
+
+@jax.jit
+def forward(weights, tokens):
+  params, router = weights
+  at = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+  seq = Sequence(positions=at, segments=jnp.ones_like(tokens))
+  variables = {"params": params, "router": router}
+  hidden = NETWORK.apply(variables, tokens, seq).hidden
+  return NETWORK.apply(variables, hidden, method="logits")
+
+
+def logits_after_every_token(weights, prompt):
+  """[V, len(prompt) + 1, V]: row v is the prompt and then token v."""
+  rows = [[*prompt, v] for v in range(VOCAB)]
+  return np.asarray(forward(weights, jnp.asarray(rows, jnp.int32)))
