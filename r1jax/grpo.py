@@ -62,20 +62,25 @@ class GRPOConfig:
         f"config.grpo.group_size={self.group_size}: a group-relative advantage needs at"
         " least 2 outputs a prompt (the paper uses 16)."
       )
-    if self.reference_refresh % max(self.minibatches, 1):
+    if min(self.minibatches, self.micro_batches, self.max_tokens) < 1:
+      raise UserError(
+        "config.grpo: grpo.minibatches, grpo.micro_batches and max_tokens must be at"
+        f" least 1, got {self.minibatches}, {self.micro_batches}, {self.max_tokens}."
+      )
+    if self.reference_refresh % self.minibatches:
       raise UserError(
         f"config.grpo.reference_refresh={self.reference_refresh} must be a multiple of"
         f" minibatches={self.minibatches}: the reference is refreshed between rollouts."
+      )
+    if not 0 <= self.std_ddof < self.group_size or self.kl_coef < 0:
+      raise UserError(
+        f"config.grpo: std_ddof={self.std_ddof} must lie in 0..group_size - 1 and"
+        f" kl_coef={self.kl_coef} must not be negative."
       )
     if not self.temperature > 0:
       raise UserError(
         f"config.grpo.temperature={self.temperature} must be above 0; a group of greedy"
         " outputs is one output G times."
-      )
-    if min(self.minibatches, self.micro_batches, self.max_tokens) < 1:
-      raise UserError(
-        "config.grpo: minibatches, micro_batches and max_tokens must be at least 1, got"
-        f" {self.minibatches}, {self.micro_batches}, {self.max_tokens}."
       )
 
 
@@ -257,7 +262,7 @@ def update(
   router = moe.balance(state.router, load, c.router_bias_rate)
   step = state.step + 1
   reference = state.reference
-  if c.reference_refresh:
+  if c.reference_refresh and reference is not None:
     reference = jax.lax.cond(
       step % c.reference_refresh == 0,
       lambda: Reference(params, router),

@@ -96,14 +96,19 @@ def advance(
 
   Token t of sample g of the problem with id i is drawn with the key
   fold_in(fold_in(fold_in(key, i), g), t) alone: a completion depends neither on where
-  the loop was cut nor on which other problems share its batch.
+  the loop was cut nor on which other problems share its batch. (A problem that stands
+  in the batch for the n-th time goes on counting: its samples are n * G + g.)
   """
   variables = {"params": params, "router": router}
   _, group, length = carry.tokens.shape
-  group_keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(prompts.ids)
-  row_keys = jax.vmap(
-    lambda k: jax.vmap(lambda g: jax.random.fold_in(k, g))(jnp.arange(group))
-  )(group_keys)  # B G
+  same = prompts.ids[:, None] == prompts.ids[None, :]
+  times_before = jnp.tril(same, k=-1).sum(axis=1, keepdims=True)
+  samples = times_before * group + jnp.arange(group)[None]  # B G
+
+  def sample_key(problem, sample):
+    return jax.random.fold_in(jax.random.fold_in(key, problem), sample)
+
+  row_keys = jax.vmap(jax.vmap(sample_key, (None, 0)))(prompts.ids, samples)
   prompt_lengths = prompts.mask.sum(axis=1)[:, None]
 
   def draw(logits, t):

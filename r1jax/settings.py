@@ -9,7 +9,7 @@ from r1jax import sharding
 from r1jax.errors import UserError
 from r1jax.grpo import GRPOConfig
 from r1jax.models.config import PRESETS, PolicyConfig
-from r1jax.optimizer import OptimizerConfig
+from r1jax.optimizer import OptimizerConfig, learning_rate
 
 # Keys that change neither the weights nor the figures of a run.
 FREE = ("seeds", "compilation_cache")
@@ -95,15 +95,24 @@ def check(config: ConfigDict, devices: int) -> None:
     UserError: with what came, the rule, and what to do.
   """
   c, g = config, config.grpo
+  if min(g.minibatches, c.pretrain.micro_batches) < 1:
+    raise UserError(
+      f"config.grpo.minibatches={g.minibatches} and config.pretrain.micro_batches="
+      f"{c.pretrain.micro_batches} must be at least 1."
+    )
   for _, tokens in windows(c, longest_page=1):
     grpo_config(c, tokens)
   policy_config(c, vocab=512)
+  learning_rate(optimizer_config(c))
   shape = sharding.check_mesh(c.mesh, devices)
   shards = shape[0] * shape[1]
   rows, parts = c.prompts * g.group_size, g.minibatches * g.micro_batches
   micro = c.pretrain.micro_batches
   rules = [
-    (c.steps >= 1, f"steps={c.steps} must be at least 1"),
+    (
+      min(c.steps, c.prompts) >= 1,
+      f"steps={c.steps} and prompts={c.prompts} must be at least 1",
+    ),
     (
       c.steps % g.minibatches == 0,
       f"steps={c.steps} updates must be whole rollouts of grpo.minibatches="
@@ -125,7 +134,8 @@ def check(config: ConfigDict, devices: int) -> None:
     (
       c.pretrain.steps == 0 or c.pretrain.rows % (micro * shards) == 0,
       f"pretrain.rows={c.pretrain.rows} is not divisible by"
-      f" pretrain.micro_batches={micro} x {shards} data shards",
+      f" pretrain.micro_batches={micro} x {shards} data shards; try"
+      " pretrain.micro_batches=1",
     ),
     (c.eval.problems >= 1, f"eval.problems={c.eval.problems} must be at least 1"),
     (c.eval.samples >= 2, f"eval.samples={c.eval.samples} must be at least 2"),

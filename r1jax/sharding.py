@@ -72,10 +72,27 @@ def data_shards(mesh: Mesh) -> int:
 
 
 def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
-  """NamedShardings for a tree of `nn.Partitioned` boxes (the shapes of an init)."""
+  """NamedShardings for a tree of `nn.Partitioned` boxes (the shapes of an init).
+
+  Raises:
+    UserError: an axis of a weight does not divide over its mesh axis.
+  """
   specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
-  return jax.tree.map(
-    lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
+
+  def layout(path, spec, shape):
+    for size, axis in zip(shape.shape, spec, strict=False):
+      parts = math.prod(mesh.shape[a] for a in (axis,) if a is not None)
+      if size % parts:
+        name = "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+        raise UserError(
+          f"config.mesh: an axis of {size} of the weight {name} {shape.shape} does not"
+          f" divide over the {parts} devices along {axis!r}. Change the mesh or the"
+          " size (config.model; for a vocabulary config.pretrain.vocab)."
+        )
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(
+    layout, specs, nn.unbox(boxed), is_leaf=lambda x: isinstance(x, P)
   )
 
 

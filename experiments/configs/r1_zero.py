@@ -170,7 +170,7 @@ def paper(c: ConfigDict) -> None:
   c.segment_tokens = 256  # ours: a rollout takes minutes, so it runs in pieces
   c.grpo.group_size = 16  # P2 2.1
   c.grpo.minibatches = 16  # P2 2.1: 8,192 outputs in 16 minibatches, one inner epoch
-  c.grpo.micro_batches = 16  # ours
+  c.grpo.micro_batches = 4  # ours: 128 outputs a part
   c.grpo.temperature = 1.0  # P2 2.1
   c.grpo.clip_eps = 10.0  # P2 3.2.1, stated for R1's first RL stage; assumed for Zero
   c.grpo.kl_coef = 0.001  # P2 2.1
@@ -181,5 +181,5 @@ def paper(c: ConfigDict) -> None:
   c.optimizer.schedule = "constant"  # not stated
   c.optimizer.b2 = 0.95  # V3 4.2 (pre-training); not stated for RL
   c.reward.format_weight = 1.0  # P2 Eq. 4: the same weight
-  c.eval.every = 200  # ours
+  c.eval.every = 400  # ours
   c.checkpoint_every = 16  # ours: every rollout

@@ -131,8 +131,14 @@ def _parse(line: bytes) -> Problem:
     for a in answers
   ):
     raise ValueError('no text or number under "answer"')
-  final = (str(a).rpartition("####")[2].strip() for a in answers)
-  return Problem(text.strip(), tuple(final))
+  final = tuple(str(a).rpartition("####")[2].strip() for a in answers)
+  if not all(final):
+    raise ValueError('nothing follows "####"')
+  try:
+    "".join([text, *final]).encode()
+  except UnicodeEncodeError as e:
+    raise ValueError("half a surrogate pair") from e
+  return Problem(text.strip(), final)
 
 
 def split_file(problems: list[Problem], *, held_out: float) -> tuple[list, list]:

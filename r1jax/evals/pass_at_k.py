@@ -2,10 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from fractions import Fraction
 import math
 
 import numpy as np
+
+from r1jax.rewards.accuracy import number
 
 
 def pass_at_1(correct: np.ndarray) -> float:
@@ -55,7 +56,5 @@ def cons_at_n(answers: Sequence[Sequence[str | None]], correct: np.ndarray) -> f
 
 def equivalence_class(answer: str) -> str:
   """The number an answer denotes, or its own text."""
-  try:
-    return str(Fraction(answer.strip()))
-  except (ValueError, ZeroDivisionError):
-    return answer.strip()
+  value = number(answer)
+  return answer.strip() if value is None else str(value)

@@ -2,6 +2,12 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
+import re
+
+MAX_DIGITS = 100  # a longer number is compared as text
+_NUMBER = re.compile(
+  r"[+-]?((\d+(\.\d*)?|\.\d+)(e[+-]?\d{1,3})?|\d+/\d+)", re.ASCII | re.IGNORECASE
+)
 
 
 def extract_answer(completion: str) -> str | None:
@@ -17,15 +23,19 @@ def accuracy(completion: str, accepted: Sequence[str]) -> float:
   answer = extract_answer(completion)
   if answer is None:
     return 0.0
-  value = _number(answer)
+  value = number(answer)
   for gold in accepted:
-    if answer == gold.strip() or (value is not None and value == _number(gold)):
+    if answer == gold.strip() or (value is not None and value == number(gold)):
       return 1.0
   return 0.0
 
 
-def _number(text: str) -> Fraction | None:
+def number(text: str) -> Fraction | None:
+  """The value of `12`, `-0.5`, `5e-1` or `1/2`; None for anything else, however long."""
+  text = text.strip()
+  if len(text) > MAX_DIGITS or not _NUMBER.fullmatch(text):
+    return None
   try:
-    return Fraction(text.strip())
+    return Fraction(text)
   except (ValueError, ZeroDivisionError):
     return None

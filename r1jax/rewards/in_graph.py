@@ -1,8 +1,9 @@
 """The twins of accuracy.py and format.py that run inside the compiled step, on tokens.
 
-Differs from the host rules in two ways, both stricter: a tag counts only as its own
-token (not spelled out in characters), and an answer must have the accepted answer's
-tokens (`07` is not `7`).
+Differs from the host rules, which read text: a tag counts only as its own token, not
+spelled out in characters; white space is what the tokenizer holds as pieces of it; an
+answer must have the accepted answer's tokens (`07` is not `7`). An evaluation uses the
+host rules.
 """
 
 from collections.abc import Callable

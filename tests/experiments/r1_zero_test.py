@@ -16,7 +16,7 @@ def run(*args: str, cwd=None) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
   "argument, words",
   [
-    ("--config.grpo.grup_size=8", ["'grup_size'", "did you mean 'group_size'"]),
+    ("--config.grpo.grup_size=8", ["'grup_size'", "Did you mean 'group_size'"]),
     ("--config.grpo.group_size=1", ["group_size=1", "at least 2"]),
     ("--config.mesh=(2,2,1)", ["mesh=(2, 2, 1)", "devices", "(-1, 1, 1)"]),
     ("--config.steps=121", ["steps=121", "try 122"]),

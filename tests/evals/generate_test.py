@@ -1,0 +1,86 @@
+"""Samples are read as text: reflection words are counted and figures summed up."""
+
+import numpy as np
+import pytest
+
+from r1jax.data.problems import Problem
+from r1jax.data.tokenizer import Tokenizer
+from r1jax.evals.generate import Samples, reflections, summarise, texts_of
+from r1jax.rollout import Rollout
+
+
+@pytest.mark.parametrize(
+  "text, count",
+  [
+    ("", 0),
+    ("4 + 7 = 1, wait 4 + 7 = 2", 1),
+    ("Wait, wait. WAIT!", 3),
+    ("waiting for awaited waiters", 0),
+    ("I verify and check; however this is wrong, but retry", 6),
+    ("mistake error evaluate", 3),
+    ("checked errors rewrong", 0),
+    ("<think>wait</think>", 1),
+    ("no,wait;yes", 1),
+  ],
+)
+def test_reflection_words_are_counted_as_whole_words(text, count):
+  assert reflections(text) == count
+
+
+def test_a_rollout_becomes_text_up_to_its_mask():
+  tokenizer = Tokenizer.train(["one two three 12"] * 9, vocab=300)
+  said = ["one 1", "two 22"]
+  ids = [[*tokenizer.encode(s), tokenizer.eos_id] for s in said]
+  width = max(map(len, ids)) + 2
+  tokens = np.full((1, 2, width), tokenizer.id("<think>"), np.int32)  # beyond the mask
+  for i, row in enumerate(ids):
+    tokens[0, i, : len(row)] = row
+  mask = np.arange(width)[None, None] < np.array([[len(r) for r in ids]])[..., None]
+  zeros = np.zeros(mask.shape, np.float32)
+  rollout = Rollout(tokens, mask, zeros, zeros, np.ones((1, 2), bool))
+  assert texts_of(rollout, tokenizer) == [said]
+
+
+def samples(texts, answers, lengths, ended):
+  problems = [Problem(f"p{i}", tuple(a)) for i, a in enumerate(answers)]
+  return Samples(problems, texts, np.array(lengths), np.array(ended))
+
+
+def test_summarise_on_samples_made_by_hand():
+  good = "<think>so, wait</think><answer>{}</answer>"
+  figures = summarise(
+    samples(
+      texts=[
+        [good.format("7"), good.format("7.0"), good.format("8"), "no tags, but wait"],
+        [good.format("1"), "<answer>3</answer>", good.format("1"), ""],
+      ],
+      answers=[["7"], ["2", "3"]],
+      lengths=[[10, 20, 30, 40], [10, 10, 10, 10]],
+      ended=[[True, True, True, False], [True, True, True, False]],
+    ),
+    prefill_think=False,
+  )
+  assert figures == {
+    "pass_at_1": pytest.approx(3 / 8),
+    "cons_at_4": pytest.approx(0.5),  # 7 has two votes of three; 1 beats 3
+    "pass_at_4": pytest.approx(1.0),
+    "mean_length": pytest.approx(17.5),
+    "reflection_rate": pytest.approx((1 + 1 + 1 + 2 + 1 + 0 + 1 + 0) / 8),
+    "format_rate": pytest.approx(5 / 8),
+    "truncation_rate": pytest.approx(0.25),
+  }
+
+
+@pytest.mark.parametrize("prefill, rate", [(False, 0.5), (True, 0.5)])
+def test_the_format_follows_the_prompt(prefill, rate):
+  texts = [["<think>a</think><answer>7</answer>", "a</think><answer>7</answer>"]]
+  figures = summarise(
+    samples(texts, [["7"]], [[5, 5]], [[True, True]]), prefill_think=prefill
+  )
+  assert figures["format_rate"] == rate
+  assert figures["pass_at_1"] == 1.0
+
+
+def test_summarise_refuses_texts_of_other_problems():
+  with pytest.raises(ValueError):
+    summarise(samples([["x"]], [["7"], ["8"]], [[1]], [[True]]), prefill_think=False)

@@ -1,0 +1,192 @@
+"""Settings: windows in whole rollouts, refusals that name key, value and remedy, and a
+digest of what matters."""
+
+import json
+import re
+
+from ml_collections import ConfigDict
+import pytest
+
+from experiments.configs.r1_zero import PRESETS, get_config
+from r1jax import settings
+from r1jax.errors import UserError
+from r1jax.models.config import tiny
+
+
+def changed(preset="tiny", **values):
+  """A preset with some values set; `__` in a name stands for the dot."""
+  config = get_config(preset)
+  with config.unlocked():
+    for name, value in values.items():
+      *path, last = name.split("__")
+      part = config
+      for key in path:
+        part = part[key]
+      part[last] = value
+  return config
+
+
+def test_every_preset_is_locked_and_json_like():
+  for preset in PRESETS:
+    config = get_config(preset)
+    json.dumps(config.to_dict())
+    with pytest.raises((KeyError, AttributeError)):
+      config.no_such_key = 1
+  with pytest.raises(ValueError, match="tiny"):
+    get_config("none")
+
+
+@pytest.mark.parametrize("preset, devices", [("tiny", 1), ("tiny", 2), ("puzzle", 1)])
+def test_the_miniatures_pass_the_checks_as_they_are(preset, devices):
+  settings.check(get_config(preset), devices)
+
+
+# -- windows ---------------------------------------------------------------------------
+
+
+def test_the_papers_second_window_begins_with_the_next_whole_rollout():
+  pairs = settings.windows(get_config("paper"), longest_page=1)
+  assert pairs == [(0, 32_768), (8_208, 65_536)]  # 8,200 is half way in a rollout of 16
+  assert [settings.window_at(pairs, s) for s in (0, 8_192, 8_207, 8_208, 10_384)] == [
+    32_768,
+    32_768,
+    32_768,
+    65_536,
+    65_536,
+  ]
+
+
+@pytest.mark.parametrize("page, tokens", [(1, 2), (8, 9), (40, 45), (41, 47)])
+def test_a_window_of_0_tokens_fits_the_longest_page_and_an_eighth(page, tokens):
+  config = changed(windows=((0, 0), (10, 99)))
+  assert settings.windows(config, page) == [(0, tokens), (10, 99)]
+
+
+@pytest.mark.parametrize(
+  "windows", [(), ((2, 8),), ((0, 8), (40, 9), (20, 10)), ((0, -1),)]
+)
+def test_windows_out_of_order_are_refused(windows):
+  with pytest.raises(UserError, match=r"config\.windows=.*rising order.*update 0"):
+    settings.windows(changed(windows=windows), longest_page=4)
+
+
+# -- refusals --------------------------------------------------------------------------
+
+REFUSED = [
+  # (changes, devices, what the message must hold: key and value, then the remedy)
+  (dict(steps=0), 1, ["steps=0", "at least 1"]),
+  (dict(steps=121), 1, ["steps=121", "minibatches=2", "try 122"]),
+  (dict(mesh=(3, 1, 1)), 8, ["mesh=(3, 1, 1)", "8 devices", "(-1, 1, 1)"]),
+  (dict(prompts=6), 4, ["prompts=6", "4 data shards", "try 8"]),
+  (
+    dict(prompts=2, grpo__group_size=3),
+    1,
+    [
+      "prompts=2",
+      "grpo.group_size=3",
+      "minibatches",
+      "micro_batches",
+      "multiple of 32",
+    ],
+  ),
+  (dict(pretrain__rows=50), 1, ["pretrain.rows=50", "pretrain.micro_batches=8"]),
+  (dict(eval__problems=0), 1, ["eval.problems=0", "at least 1"]),
+  (dict(eval__samples=1), 1, ["eval.samples=1", "at least 2"]),
+  (dict(eval__every=5), 1, ["eval.every=5", "minibatches=2"]),
+  (dict(eval__every=0), 1, ["eval.every=0", "positive"]),
+  (dict(checkpoint_every=7), 1, ["checkpoint_every=7", "minibatches=2"]),
+  (dict(data__held_out=1.0), 1, ["data.held_out=1.0", "between 0 and 1"]),
+  (dict(data__held_out=0.0), 1, ["data.held_out=0.0", "between 0 and 1"]),
+  (dict(grpo__group_size=1), 1, ["grpo.group_size=1", "at least 2"]),
+  (dict(grpo__reference_refresh=41), 1, ["reference_refresh=41", "minibatches=2"]),
+  (dict(grpo__temperature=0.0), 1, ["grpo.temperature=0.0", "above 0"]),
+  (dict(grpo__micro_batches=0), 1, ["micro_batches", "at least 1"]),
+  (dict(model__preset="large"), 1, ["model.preset='large'", "tiny", "v3_671b"]),
+  (dict(windows=((4, 9),)), 1, ["windows=((4, 9),)", "update 0"]),
+]
+
+
+@pytest.mark.parametrize(
+  "changes, devices, words", REFUSED, ids=["-".join(c) for c, _, _ in REFUSED]
+)
+def test_a_refusal_names_key_value_and_remedy(changes, devices, words):
+  with pytest.raises(UserError) as error:
+    settings.check(changed(**changes), devices)
+  text = str(error.value)
+  assert text.startswith("config.")
+  for word in words:
+    assert word in text
+
+
+@pytest.mark.parametrize("key", ["grpo__minibatches", "pretrain__micro_batches"])
+def test_a_divisor_of_zero_is_refused_in_words(key):
+  with pytest.raises(UserError, match=key.replace("__", ".")):
+    settings.check(changed(**{key: 0}), 1)
+
+
+def test_the_papers_preset_passes_on_the_devices_that_it_names():
+  settings.check(get_config("paper"), 2048)
+
+
+def test_the_remedies_work():
+  settings.check(changed(steps=122), 1)
+  settings.check(changed(prompts=8, pretrain__micro_batches=1), 4)
+
+
+# -- digest and differences ------------------------------------------------------------
+
+
+def test_the_digest_changes_with_a_value_and_not_with_what_is_free():
+  base = settings.sha256(get_config())
+  assert base == settings.sha256(get_config())
+  assert re.fullmatch("[0-9a-f]{64}", base)
+  for name, value in [
+    ("seed", 1),
+    ("steps", 122),
+    ("grpo__kl_coef", 0.002),
+    ("windows", ((0, 8),)),
+    ("data__template", "r1_zero"),
+  ]:
+    assert settings.sha256(changed(**{name: value})) != base, name
+  for name, value in [("seeds", 5), ("compilation_cache", "off")]:
+    assert settings.sha256(changed(**{name: value})) == base, name
+
+
+def test_plain_survives_json_and_leaves_the_free_keys_out():
+  values = settings.plain(get_config())
+  assert json.loads(json.dumps(values)) == values
+  assert not set(settings.FREE) & set(values)
+  assert values["mesh"] == [-1, 1, 1]
+
+
+def test_differences_name_every_leaf_that_differs():
+  old = {"a": 1, "b": {"c": 2, "d": [1, 2]}, "gone": 0}
+  new = {"a": 1, "b": {"c": 3, "d": [1, 3]}, "new": 4}
+  assert settings.differences(old, new) == [
+    "b.c: 2 -> 3",
+    "b.d: [1, 2] -> [1, 3]",
+    "gone: 0 -> None",
+    "new: None -> 4",
+  ]
+  assert settings.differences(old, old) == []
+
+
+# -- dataclasses -----------------------------------------------------------------------
+
+
+def test_rooms_get_the_configs_values():
+  config = changed(grpo__clip_eps=0.3, optimizer__learning_rate=5e-5, steps=40)
+  g = settings.grpo_config(config, max_tokens=17)
+  assert (g.max_tokens, g.clip_eps, g.group_size) == (17, 0.3, 16)
+  o = settings.optimizer_config(config)
+  assert (o.learning_rate, o.steps) == (5e-5, 40)
+  p = settings.pretrain_optimizer_config(config)
+  assert (p.steps, p.learning_rate) == (config.pretrain.steps, 4e-3)
+  assert settings.policy_config(config, vocab=300) == tiny(300)
+
+
+def test_a_config_from_a_file_of_json_gives_the_same_rooms():
+  config = get_config()
+  again = ConfigDict(json.loads(json.dumps(config.to_dict())))
+  assert settings.grpo_config(again, 9) == settings.grpo_config(config, 9)
+  assert settings.windows(again, 8) == settings.windows(config, 8)
