@@ -39,7 +39,7 @@ setup(
     "cuda": [JAX.format("[cuda13]")],
     "test": [
       "pytest>=8",
-      "ruff>=0.14",
+      "ruff>=0.17,<0.18",
       # The oracle of the policy's architecture; tests that need it are skipped without.
       "torch==2.13.0; python_version < '3.12'",
       "transformers>=5.20,<6; python_version < '3.12'",

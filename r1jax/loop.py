@@ -22,58 +22,35 @@ import rich.console
 from r1jax import grpo, report, rollout, segments, settings, sft, sharding, train_state
 from r1jax.checkpoint import Checkpoints
 from r1jax.data import corpus, problems
-from r1jax.data import world as worlds
-from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
 from r1jax.evals import generate
 from r1jax.metrics import MetricsFile, write_json
-from r1jax.models.policy import Policy
 from r1jax.optimizer import make_optimizer
 from r1jax.progress import Clock, Progress
-from r1jax.prompts import PromptBatch
 from r1jax.rewards import in_graph
+from r1jax.run import Run, compiled, make_pages, open_workdir, prepare, put_batch, take
 
 SHOWN = 3, 4  # problems and responses of each that are kept for people to read
-
-
-@dataclasses.dataclass
-class Run:
-  """What stays fixed from the first line of a run to its last."""
-
-  config: ConfigDict
-  workdir: pathlib.Path
-  mesh: jax.sharding.Mesh
-  clock: Clock
-  progress: Progress
-  metrics: MetricsFile
-  samples: MetricsFile
-  world: worlds.World
-  tokenizer: Tokenizer
-  policy: Policy
-  train: PromptBatch  # all of them; a step takes rows
-  held_out: PromptBatch
-  held_out_problems: list
-  page: int  # tokens of the longest page of a sample
-  windows: list[tuple[int, int]]  # (first update, output tokens)
-
-  @property
-  def stop_ids(self) -> tuple[int, ...]:
-    answer = self.tokenizer.id("</answer>")
-    return (
-      self.tokenizer.eos_id,
-      *([answer] if self.config.data.stop_on_answer else []),
-    )
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
   """A whole run, or what is left of it. Returns the summary."""
   console = rich.console.Console()
   settings.check(config, len(jax.devices()))
+  if not config.pretrain.steps:
+    raise UserError(
+      "config.pretrain.steps=0: RL starts from a base, and r1jax cannot read a"
+      " published one. Set pretrain.steps to train one on the task's pages."
+    )
   open_workdir(config, workdir)
   if (workdir / "summary.json").exists():
     summary = json.loads((workdir / "summary.json").read_text())
     show(console, workdir, summary)
-    console.print(f"This run has ended; its files are in {workdir}.", highlight=False)
+    console.print(
+      f"This run has ended; its files are in {workdir}.",
+      highlight=False,
+      soft_wrap=True,
+    )
     return summary
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh), Progress(console) as progress:
@@ -83,127 +60,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
     reinforce(this, params, router)
     summary = conclude(this)
   show(console, workdir, summary)
-  console.print(f"Files: {workdir}", highlight=False)
+  console.print(f"Files: {workdir}", highlight=False, soft_wrap=True)
   return summary
-
-
-# -- setting up ----------------------------------------------------------------
-
-
-def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Makes the folder; refuses one that holds a run of another config."""
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / ".writable"
-    probe.touch()
-    probe.unlink()
-  except OSError as error:
-    raise UserError(
-      f"--workdir={workdir} cannot be written ({error.strerror}). Choose another one."
-    ) from error
-  path, new = workdir / "config.json", settings.plain(config)
-  if not path.exists():
-    return
-  changes = settings.differences(json.loads(path.read_text()), new)
-  if changes:
-    raise UserError(
-      f"--workdir={workdir} holds a run of another config ({'; '.join(changes)})."
-      " Use another --workdir, or the config it was started with."
-    )
-
-
-def prepare(
-  config: ConfigDict,
-  workdir: pathlib.Path,
-  mesh: jax.sharding.Mesh,
-  clock: Clock,
-  progress: Progress,
-) -> Run:
-  """Problems, tokenizer and policy."""
-  c, d = config, config.data
-  task = worlds.make_task(c.task, c[c.task].to_dict() if c.task in c else {})
-  world = worlds.make_world(
-    task,
-    counts=c.counts.to_dict(),
-    problems_file=d.problems,
-    skip_malformed=d.skip_malformed,
-    held_out=d.held_out,
-  )
-  path, pages = workdir / "tokenizer.model", make_pages(config, world, count=5000)
-  texts = [prompt + page for prompt, page in pages]
-  if path.exists():
-    tokenizer = Tokenizer.load(path)
-  else:
-    tokenizer = Tokenizer.train(texts, vocab=c.pretrain.vocab, symbols=task.symbols)
-  kept = world.held_out[: c.eval.problems]
-  if len(kept) < c.eval.problems:
-    raise UserError(
-      f"config.eval.problems={c.eval.problems} and only {len(kept)} problems are held"
-      f" out. Set --config.eval.problems={len(kept)} or give more problems."
-    )
-  how = dict(template=d.template, prefill_think=d.prefill_think)
-  length = d.prompt_length or worlds.longest_prompt(
-    [*world.train, *kept], tokenizer, **how
-  )
-  encode = functools.partial(
-    worlds.encode_problems, tokenizer=tokenizer, prompt_length=length, **how
-  )
-
-  def longest(rows: list[str]) -> int:
-    return max(map(len, tokenizer.encode_batch(rows)))
-
-  policy = Policy(settings.policy_config(config, tokenizer.vocab))
-  encoded, asked = encode(world.train), encode(kept)
-  # Only now is the folder claimed: a mistake found above leaves nothing behind.
-  tokenizer.save(path)
-  write_json(workdir / "config.json", settings.plain(config))
-  return Run(
-    config=config,
-    workdir=workdir,
-    mesh=mesh,
-    clock=clock,
-    progress=progress,
-    metrics=MetricsFile(workdir / "metrics.jsonl"),
-    samples=MetricsFile(workdir / "samples.jsonl"),
-    world=world,
-    tokenizer=tokenizer,
-    policy=policy,
-    train=encoded,
-    held_out=asked,
-    held_out_problems=kept,
-    page=2 + longest(texts),  # BOS and EOS
-    windows=settings.windows(c, 1 + longest([page for _, page in pages])),
-  )
-
-
-def make_pages(
-  config: ConfigDict, world: worlds.World, count: int
-) -> list[tuple[str, str]]:
-  """The first `count` pages of the run's corpus, as (prompt, what follows)."""
-  p = config.pretrain
-  return corpus.pages(
-    world.task,
-    world.pretrain,
-    count,
-    mix=p.mix.to_dict(),
-    template=config.data.template,
-    facts_a_page=p.facts_a_page,
-    seed=config.seed,
-  )
-
-
-def compiled(this: Run, function, *args, donate: tuple[int, ...] = (), **jit) -> Any:
-  """Ahead-of-time compilation: what runs afterwards cannot compile again."""
-  with this.clock.phase("compile"):
-    return jax.jit(function, donate_argnums=donate, **jit).lower(*args).compile()
-
-
-def take(problems: PromptBatch, index: np.ndarray) -> PromptBatch:
-  return jax.tree.map(lambda x: x[index], problems)
-
-
-def put_batch(this: Run, batch: Any) -> Any:
-  return jax.device_put(batch, sharding.batch_sharding(this.mesh))
 
 
 # -- the base ------------------------------------------------------------------
@@ -483,4 +341,4 @@ def show(console: rich.console.Console, workdir: pathlib.Path, summary: dict) ->
     step = summary[name]["step"]
     report.show_groups(console, [r for r in rows if r["step"] == step], heading)
   report.show_table(console, summary)
-  console.print(report.verdict(summary), highlight=False)
+  console.print(report.verdict(summary), highlight=False, soft_wrap=True)

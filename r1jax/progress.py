@@ -71,7 +71,7 @@ class Progress:
     self._bars.stop()
 
   def say(self, text: str) -> None:
-    self.console.print(text, highlight=False, markup=False)
+    self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
   def update(self, phase: str, done: int, total: int, **figures: float) -> None:
     shown = "  ".join(f"{k} {v:.3g}" for k, v in figures.items())

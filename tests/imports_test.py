@@ -17,7 +17,7 @@ RANKS = [
     "r1jax.grpo r1jax.segments r1jax.sft",
     "r1jax.data r1jax.settings r1jax.checkpoint r1jax.metrics r1jax.report"
     " r1jax.progress",
-    "r1jax.evals",
+    "r1jax.evals r1jax.run",
     "r1jax.loop",
     "experiments",
   )

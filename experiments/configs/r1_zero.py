@@ -134,7 +134,7 @@ def tiny() -> ConfigDict:
 
 
 def puzzle(c: ConfigDict) -> None:
-  """The second task at its own sizes: pages are longer, and more of them teach facts."""
+  """The second task at its own sizes: longer pages, and more of them teach facts."""
   c.preset = "puzzle"
   c.task = "puzzle"
   c.counts.pretrain = 2000

@@ -31,7 +31,7 @@ def accuracy(completion: str, accepted: Sequence[str]) -> float:
 
 
 def number(text: str) -> Fraction | None:
-  """The value of `12`, `-0.5`, `5e-1` or `1/2`; None for anything else, however long."""
+  """The value of `12`, `-0.5`, `5e-1` or `1/2`; None for anything else."""
   text = text.strip()
   if len(text) > MAX_DIGITS or not _NUMBER.fullmatch(text):
     return None

@@ -29,6 +29,8 @@ def run(*args: str, cwd=None) -> subprocess.CompletedProcess:
     ("--config=nowhere.py", ["nowhere.py"]),
     (f"--config={BAD}", ["nope", "tiny", "paper"]),
     ("--wrkdir=x", ["wrkdir"]),
+    ("--config.pretrain.steps=0", ["pretrain.steps=0", "a base"]),
+    ("--config.optimizer.schedule=linear", ["'linear'", "cosine"]),
     ("--config=experiments/configs/r1_zero.py:paper", ["mesh=(1, 128, 16)", "devices"]),
   ],
 )
