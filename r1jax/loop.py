@@ -200,14 +200,17 @@ def make_step(this: Run, optimizer, window: int, state, batch, key) -> Any:
     stop_ids=this.stop_ids,
     pad_id=this.tokenizer.pad_id,
   )
+  # The state comes back laid out as it went in.
+  layout = jax.tree.map(lambda x: x.sharding, state)
   if c.segment_tokens:
-    return segments.make_segments(segment_tokens=c.segment_tokens, **parts)
+    return segments.make_segments(
+      segment_tokens=c.segment_tokens, state_shardings=layout, **parts
+    )
 
   def whole_step(state, batch, key):
     return grpo.whole_step(state, batch, key, **parts)
 
-  # The state comes back laid out as it went in.
-  out = jax.tree.map(lambda x: x.sharding, state), None, None
+  out = layout, None, None
   return compiled(this, whole_step, state, batch, key, donate=(0,), out_shardings=out)
 
 

@@ -60,8 +60,15 @@ def make_segments(
   stop_ids: tuple[int, ...],
   pad_id: int,
   segment_tokens: int,
+  state_shardings: Any = None,
 ) -> Segments:
-  """Jits the pieces; arguments as `grpo.whole_step`, and the tokens a segment."""
+  """Jits the pieces.
+
+  Args:
+    policy, optimizer, reward_fn, config, stop_ids, pad_id: as in `grpo.whole_step`.
+    segment_tokens: how many tokens a program decodes.
+    state_shardings: how an updated state is laid out; None leaves it to the compiler.
+  """
   c = config
 
   def start(state: TrainState, prompts: PromptBatch) -> Any:
@@ -97,7 +104,7 @@ def make_segments(
     start=jax.jit(start),
     advance=jax.jit(advance, donate_argnums=2),
     experience=jax.jit(experience),
-    update=jax.jit(update, donate_argnums=0),
+    update=jax.jit(update, donate_argnums=0, out_shardings=(state_shardings, None)),
     config=c,
     segment_tokens=segment_tokens,
   )
