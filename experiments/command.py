@@ -99,7 +99,7 @@ def over_seeds(module: str, config: ConfigDict, workdir: pathlib.Path) -> None:
   """Runs config.seeds consecutive seeds, one process each, and prints their table.
 
   The table is also written to `seeds.md` in the workdir. A stopped sweep goes on where
-  it was: runs that have ended only show their result.
+  it was: a run that has ended only shows its result, and refuses another config.
   """
   arguments = [
     a for a in sys.argv[1:] if not re.match(r"--?(config\.seeds?|workdir)=", a)
@@ -107,12 +107,12 @@ def over_seeds(module: str, config: ConfigDict, workdir: pathlib.Path) -> None:
   summaries = []
   for seed in range(config.seed, config.seed + config.seeds):
     folder = workdir / f"seed_{seed}"
-    if not (folder / "summary.json").exists():
-      command = [sys.executable, "-m", module, *arguments]
-      command += [f"--config.seed={seed}", "--config.seeds=1", f"--workdir={folder}"]
-      code = subprocess.run(command).returncode
-      if code:
-        sys.exit(code)
+    command = [sys.executable, "-m", module, *arguments]
+    command += [f"--config.seed={seed}", "--config.seeds=1", f"--workdir={folder}"]
+    code = subprocess.run(command).returncode
+    if code:
+      print(f"seed {seed} ended with exit code {code}", file=sys.stderr)
+      sys.exit(code if code > 0 else 1)
     summaries.append(json.loads((folder / "summary.json").read_text()))
   table = seeds_table(summaries)
   (workdir / "seeds.md").write_text(table)
@@ -145,7 +145,7 @@ def seeds_table(summaries: list[dict]) -> str:
   ]
   lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
   for s in summaries:
-    seconds, memory = s["seconds"]["since_start"], s["peak_rss_gib"]
+    seconds, memory = s["seconds"]["total"], s["peak_rss_gib"]
     lines.append(
       row(str(s["seed"]), lambda a, b, s=s: s[a][b], f"{seconds:.0f}", f"{memory:.1f}")
     )
@@ -154,7 +154,7 @@ def seeds_table(summaries: list[dict]) -> str:
     row(
       "mean",
       lambda a, b: mean(s[a][b] for s in summaries),
-      f"{mean(s['seconds']['since_start'] for s in summaries):.0f}",
+      f"{mean(s['seconds']['total'] for s in summaries):.0f}",
       f"{max(s['peak_rss_gib'] for s in summaries):.1f} max",
     )
   )

@@ -275,6 +275,8 @@ def update(
 
 def load_imbalance(load: dict) -> jax.Array:
   """Busiest expert's load over the mean, averaged over layers; 1 is perfect balance."""
+  if not load:
+    return jnp.ones(())
   layers = jnp.concatenate(
     [x.reshape(-1, x.shape[-1]) for x in jax.tree.leaves(load)], axis=0
   )

@@ -31,6 +31,10 @@ from r1jax.rewards import in_graph
 from r1jax.run import Run, compiled, make_pages, open_workdir, prepare, put_batch, take
 
 SHOWN = 3, 4  # problems and responses of each that are kept for people to read
+PROGRAMS = (
+  *("pretrain_step", "evaluate", "whole_step"),
+  *("start", "advance", "experience", "update"),  # a step in segments
+)
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
@@ -80,7 +84,7 @@ def pretrain(this: Run) -> tuple[Any, Any]:
   begun = checkpoints.latest() or 0
   if begun:
     state = checkpoints.restore(begun, jax.eval_shape(create, key), shardings)
-    this.clock.seconds = checkpoints.restore_host(begun)["seconds"]
+    this.clock.restore(checkpoints.restore_host(begun)["clock"])
     this.progress.say(f"base: continuing from update {begun}")
   else:
     state = compiled(this, create, key, out_shardings=shardings)(key)
@@ -108,7 +112,14 @@ def pretrain(this: Run) -> tuple[Any, Any]:
         micro_batches=p.micro_batches,
       )
 
-    program = compiled(this, pretrain_step, state, batch(0), donate=(0,))
+    program = compiled(
+      this,
+      pretrain_step,
+      state,
+      batch(0),
+      donate=(0,),
+      out_shardings=(shardings, None),
+    )
     third = max(p.steps // 3, 1)
     for i in range(begun, p.steps):
       with this.clock.phase("pretrain"):
@@ -118,7 +129,7 @@ def pretrain(this: Run) -> tuple[Any, Any]:
           this.metrics.write({"phase": "pretrain", "step": i + 1, **figures})
           this.progress.update("base", i + 1, p.steps, nll=figures["nll"])
       if (i + 1) % third == 0 or i + 1 == p.steps:
-        checkpoints.save(i + 1, state, {"seconds": this.clock.seconds})
+        checkpoints.save(i + 1, state, {"clock": this.clock.state()})
   checkpoints.close()
   return state.params, state.router
 
@@ -144,7 +155,7 @@ def reinforce(this: Run, params: Any, router: Any) -> None:
     shapes = jax.eval_shape(begin, params, router)
     state = checkpoints.restore(step, shapes, shardings)
     host = checkpoints.restore_host(step)
-    this.clock.seconds = host["seconds"]
+    this.clock.restore(host["clock"])
     stream.set_state(host["stream"])
     this.progress.say(f"rl: continuing from update {step}")
   else:
@@ -180,7 +191,7 @@ def reinforce(this: Run, params: Any, router: Any) -> None:
       evaluate(state, step)
     if last or step % c.checkpoint_every == 0:
       with this.clock.phase("save"):
-        host = {"stream": stream.get_state(), "seconds": this.clock.seconds}
+        host = {"stream": stream.get_state(), "clock": this.clock.state()}
         checkpoints.save(step, state, host)
   checkpoints.close()
 
@@ -218,7 +229,7 @@ def record(this: Run, step: int, said: rollout.Rollout, figures: dict) -> None:
   """Writes a step's figures; the reflection words are counted in its text."""
   if "first_rl_step" not in this.clock.seconds:
     jax.block_until_ready(said)
-    this.clock.seconds["first_rl_step"] = this.clock.since_start
+    this.clock.seconds["first_rl_step"] = this.clock.elapsed
   texts = [t for group in generate.texts_of(said, this.tokenizer) for t in group]
   figures = {name: float(value) for name, value in figures.items()}
   figures["reflection_rate"] = float(np.mean([generate.reflections(t) for t in texts]))
@@ -307,7 +318,6 @@ def conclude(this: Run) -> dict:
   def figures(row: dict) -> dict:
     return {k: v for k, v in row.items() if k != "phase"}
 
-  named = {"first_rl_step"}
   spent = {k: round(v, 1) for k, v in clock.seconds.items()}
   unit = 2**20 if sys.platform == "linux" else 2**30  # ru_maxrss: KiB, bytes on macOS
   summary = {
@@ -316,14 +326,9 @@ def conclude(this: Run) -> dict:
     "half_way": figures(half),
     "final": figures(evals[-1]),
     "steps": c.steps,
-    "seconds": {
-      **spent,
-      "total": round(sum(v for k, v in clock.seconds.items() if k not in named), 1),
-      "since_start": round(clock.since_start, 1),
-    },
+    "seconds": {**spent, "total": round(clock.elapsed, 1)},
     "compilations": {
-      name: clock.compilations[name]
-      for name in ("pretrain_step", "evaluate", "whole_step")
+      name: clock.compilations[name] for name in PROGRAMS if clock.compilations[name]
     },
     "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2),
     "seed": c.seed,

@@ -11,11 +11,12 @@ import rich.progress
 
 
 class Clock:
-  """Seconds by phase, over all restarts of a run; compilations of this process."""
+  """Seconds by phase, over all processes of a run; compilations of this process."""
 
   def __init__(self, started: float | None = None):
     """Args: started: `time.monotonic()` of the process's first line."""
     self.started = time.monotonic() if started is None else started
+    self.before = 0.0  # seconds that earlier processes of the run had taken
     self.seconds: dict[str, float] = {}
     self.compilations: Counter[str] = Counter()
     jax.monitoring.register_event_duration_secs_listener(self._count)
@@ -25,8 +26,16 @@ class Clock:
       self.compilations[fun_name.removeprefix("jit(").removesuffix(")")] += 1
 
   @property
-  def since_start(self) -> float:
-    return time.monotonic() - self.started
+  def elapsed(self) -> float:
+    """Seconds of the run up to now."""
+    return self.before + time.monotonic() - self.started
+
+  def state(self) -> dict:
+    return {"seconds": dict(self.seconds), "elapsed": self.elapsed}
+
+  def restore(self, state: dict) -> None:
+    """Goes on from a checkpoint's clock."""
+    self.seconds, self.before = dict(state["seconds"]), state["elapsed"]
 
   def add(self, phase: str, seconds: float) -> None:
     self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds

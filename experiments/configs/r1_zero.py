@@ -66,7 +66,7 @@ def tiny() -> ConfigDict:
 
   # -- the base: pre-training on the task's pages
   c.pretrain = ConfigDict()
-  c.pretrain.steps = 700  # updates
+  c.pretrain.steps = 900  # updates
   c.pretrain.rows = 48  # packed rows a batch
   c.pretrain.width = 0  # tokens a row; 0: the longest page of a sample
   c.pretrain.micro_batches = 8  # 6 rows at a time stay in a core's cache
@@ -94,7 +94,7 @@ def tiny() -> ConfigDict:
   c.model.moe = placeholder(str)  # "dense": every expert on every token; "ragged"
 
   # -- RL
-  c.steps = 120  # updates
+  c.steps = 160  # updates
   c.prompts = 16  # B, problems a rollout
   c.windows = (
     (0, 0),
@@ -142,6 +142,7 @@ def puzzle(c: ConfigDict) -> None:
   c.counts.held_out = 300
   c.pretrain.steps = 1000
   c.pretrain.rows = 24
+  c.steps = 120
   c.pretrain.mix.facts = 0.35
   c.pretrain.mix.bare = 0.05
   c.pretrain.mix.guess = 0.30

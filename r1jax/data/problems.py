@@ -28,6 +28,8 @@ class Task(Protocol):
 
   def fact(self, rng: random.Random) -> str: ...
 
+  def is_fact(self, text: str) -> bool: ...
+
   def page(self, kind: str, problem: Problem, rng: random.Random) -> str: ...
 
 
@@ -43,6 +45,11 @@ class Split:
 def bucket(text: str) -> float:
   """A number in [0, 1) that depends on the text alone; it decides a problem's side."""
   return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
+def squeeze(text: str) -> str:
+  """The text without white space: `4+3` and `4 + 3` are one problem."""
+  return "".join(text.split())
 
 
 def generate(task: Task, *, pretrain: int, train: int, held_out: int) -> Split:
@@ -148,7 +155,7 @@ def split_file(problems: list[Problem], *, held_out: float) -> tuple[list, list]
   Raises:
     UserError: a side would be empty.
   """
-  ordered = sorted({bucket(p.problem): p for p in problems}.items())
+  ordered = sorted({bucket(squeeze(p.problem)): p for p in problems}.items())
   cut = round(len(ordered) * held_out)
   kept, rest = [p for _, p in ordered[:cut]], [p for _, p in ordered[cut:]]
   if not kept or not rest:

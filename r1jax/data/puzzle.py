@@ -17,7 +17,7 @@ OPERATORS = "+-*"
 
 @dataclasses.dataclass(frozen=True)
 class Puzzle:
-  """`numbers` digits with a gap between each two; 2 to 4 set the difficulty."""
+  """`numbers` digits with a gap between each two; 3 or 4 set the difficulty."""
 
   numbers: int = 3
   retry: float = 0.7  # chance that a page goes on after a try that failed
@@ -27,8 +27,8 @@ class Puzzle:
   )
 
   def __post_init__(self):
-    if not 2 <= self.numbers <= 4:
-      raise UserError(f"config.puzzle.numbers={self.numbers} must be 2, 3 or 4.")
+    if self.numbers not in (3, 4):
+      raise UserError(f"config.puzzle.numbers={self.numbers} must be 3 or 4.")
 
   def problem(self, rng: random.Random) -> Problem:
     digits = [rng.randint(1, 9) for _ in range(self.numbers)]
@@ -44,6 +44,10 @@ class Puzzle:
       return f"{a} is {b}" if a == b else f"{a} not {b}"
     op = rng.choice(OPERATORS)
     return f"{a} {op} {b} = {work_out([a, b], op)[-1]}"
+
+  def is_fact(self, text: str) -> bool:
+    """Whether a puzzle is a single step, which the corpus states outright."""
+    return text.count("?") < 2
 
   def page(self, kind: str, problem: Problem, rng: random.Random) -> str:
     """What stands after a prompt.

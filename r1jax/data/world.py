@@ -1,4 +1,4 @@
-"""What a run trains on: problems on three sides that never mix, and their tokenizer."""
+"""What a run trains on: problems on three sides that never mix."""
 
 import dataclasses
 
@@ -41,7 +41,9 @@ def make_world(
   held_out: float,
 ) -> World:
   """Problems of the task; with a file, RL and evaluation problems come from it instead,
-  and the corpus is still the task's, without any problem of the file's held-out side.
+  and the corpus is still the task's, without any problem of the file.
+
+  A problem of one step is not evaluated on: the corpus's fact pages state it outright.
 
   Args:
     task: the generator.
@@ -52,14 +54,17 @@ def make_world(
   """
   made = problems.generate(task, **counts)
   if not problems_file:
-    return World(task, made.pretrain, made.train, made.held_out)
+    asked = [p for p in made.held_out if not task.is_fact(p.problem)]
+    return World(task, made.pretrain, made.train, asked)
   rows = problems.read_jsonl(problems_file, skip_malformed=skip_malformed)
   train, kept = problems.split_file(rows, held_out=held_out)
-  secret = {p.problem for p in kept}
+  of_file = {problems.squeeze(p.problem) for p in rows}
   pretrain = [
-    p for p in (*made.pretrain, *made.train, *made.held_out) if p.problem not in secret
+    p
+    for p in (*made.pretrain, *made.train, *made.held_out)
+    if problems.squeeze(p.problem) not in of_file
   ]
-  return World(task, pretrain, train, kept)
+  return World(task, pretrain, train, [p for p in kept if not task.is_fact(p.problem)])
 
 
 def encode_problems(
@@ -95,7 +100,7 @@ def encode_problems(
       )
     encoded.append(ids)
   tokens, mask = prompts.pad_left(encoded, prompt_length, tokenizer.pad_id)
-  answers = [[tokenizer.encode(a) for a in p.answers] for p in rows]
+  answers = [[ids for a in p.answers for ids in _spellings(a, tokenizer)] for p in rows]
   shape = (
     len(rows),
     max(len(accepted) for accepted in answers),
@@ -106,6 +111,12 @@ def encode_problems(
     for k, ids in enumerate(accepted):
       padded[i, k, : len(ids)] = ids
   return prompts.PromptBatch(tokens, mask, padded, np.arange(len(rows), dtype=np.int32))
+
+
+def _spellings(answer: str, tokenizer: Tokenizer) -> list[list[int]]:
+  """The answer's tokens, and those it has after a space where they are others."""
+  alone, spaced = tokenizer.encode(answer), tokenizer.encode(" " + answer)
+  return [alone] if spaced[1:] == alone else [alone, spaced]
 
 
 def longest_prompt(
