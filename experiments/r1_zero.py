@@ -7,7 +7,7 @@
   python -m experiments.r1_zero --config.seeds=5       # five runs and a table
 
 The same command again continues a run that was stopped. Exit codes: 0 done, 2 a mistake
-in the command, a config or a file, 1 anything else.
+in the command, a config or a file, 130 stopped by Ctrl-C, 1 anything else.
 """
 
 import time

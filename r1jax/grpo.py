@@ -108,8 +108,7 @@ def completion_logprobs(
   length = rows.prompts.shape[1]
   tokens = jnp.concatenate([rows.prompts, rows.completions], axis=1)
   mask = jnp.concatenate([rows.prompt_mask, rows.completion_mask], axis=1)
-  positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-  seq = Sequence(positions=positions, segments=mask.astype(jnp.int32))
+  seq = Sequence.of_mask(mask)
   variables = {"params": params, "router": router}
   out = policy.apply(variables, sharding.shard_batch(tokens), seq)
   hidden = out.hidden[:, length - 1 : -1]

@@ -92,7 +92,7 @@ def pretrain(this: Run) -> tuple[Any, Any]:
   this.metrics.roll_back({"pretrain": begun, "rl": c.steps, "eval": c.steps})
   if begun < p.steps:
     with this.clock.phase("corpus"):
-      # A page has 14 tokens or more; what is too much is not used.
+      # Enough at 14 tokens a page; with shorter ones the rows come round again.
       width = p.width or this.page
       pages = make_pages(c, this.world, count=p.steps * p.rows * width // 14)
       texts = [prompt + page for prompt, page in pages]
@@ -109,6 +109,7 @@ def pretrain(this: Run) -> tuple[Any, Any]:
         policy=this.policy,
         optimizer=optimizer,
         router_bias_rate=p.router_bias_rate,
+        mtp_coef=p.mtp_coef,
         micro_batches=p.micro_batches,
       )
 

@@ -1,6 +1,6 @@
 """Attention and the experts' grouped product: one door each to the implementations.
 
-The XLA form written here is the definition, the fallback and the oracle of every other.
+The XLA form written here is the definition that any other must equal.
 """
 
 import jax

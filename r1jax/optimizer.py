@@ -29,7 +29,9 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
   """Update number -> learning rate."""
   c = config
   if c.schedule not in ("constant", "cosine"):
-    raise UserError(f"schedule={c.schedule!r} must be 'constant' or 'cosine'.")
+    raise UserError(
+      f"config.optimizer.schedule={c.schedule!r} must be 'constant' or 'cosine'."
+    )
   rest = max(c.steps - c.warmup_steps, 1)
   if c.schedule == "cosine":
     main = optax.cosine_decay_schedule(c.learning_rate, rest, c.final_fraction)

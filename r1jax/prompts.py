@@ -9,8 +9,6 @@ import numpy as np
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-
 # `r1_zero` says what Table 1 of the paper says (arXiv 2501.12948v2), in its wording;
 # `short` is the same roles as two symbols, for a miniature whose window is 64 tokens.
 TEMPLATES = {
@@ -55,7 +53,7 @@ def render(template: str, problem: str, *, prefill_think: bool) -> str:
   """
   if template not in TEMPLATES:
     raise UserError(
-      f"config.template={template!r} is not a template. Choose one of"
+      f"config.data.template={template!r} is not a template. Choose one of"
       f" {sorted(TEMPLATES)} (r1jax/prompts.py)."
     )
   text = TEMPLATES[template].replace("{problem}", _SYMBOL.sub("< ", problem))

@@ -92,6 +92,6 @@ def verdict(summary: dict) -> str:
   )
   return (
     f"RL {word}: pass@1 {change('pass_at_1', 2)}, length {change('mean_length', 1)}"
-    f" tokens, re-checks a response {change('reflection_rate', 2)}, in"
+    f" tokens, reflection words a response {change('reflection_rate', 2)}, in"
     f" {summary['seconds']['total']:.0f} s."
   )

@@ -60,8 +60,7 @@ def start(
 ) -> Decoding:
   """Prefills each prompt once and sets up the loop's carry."""
   batch = prompts.tokens.shape[0]
-  positions = jnp.maximum(jnp.cumsum(prompts.mask, axis=1) - 1, 0)
-  seq = Sequence(positions=positions, segments=prompts.mask.astype(jnp.int32))
+  seq = Sequence.of_mask(prompts.mask)
   out = policy.apply({"params": params, "router": router}, prompts.tokens, seq)
   rows = (batch, group_size)
   hidden = jnp.broadcast_to(out.hidden[:, -1:], (*rows, out.hidden.shape[-1]))

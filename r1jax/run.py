@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -10,13 +11,14 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from r1jax import settings, sharding
+from r1jax import settings, sharding, train_state
 from r1jax.data import corpus
 from r1jax.data import world as worlds
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
 from r1jax.metrics import MetricsFile, write_json
 from r1jax.models.policy import Policy
+from r1jax.optimizer import make_optimizer
 from r1jax.progress import Clock, Progress
 from r1jax.prompts import PromptBatch
 
@@ -61,15 +63,25 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
     raise UserError(
       f"--workdir={workdir} cannot be written ({error.strerror}). Choose another one."
     ) from error
-  path, new = workdir / "config.json", settings.plain(config)
+  path = workdir / "config.json"
   if not path.exists():
     return
-  changes = settings.differences(json.loads(path.read_text()), new)
+  changes = settings.differences(json.loads(path.read_text()), identity(config))
   if changes:
     raise UserError(
       f"--workdir={workdir} holds a run of another config ({'; '.join(changes)})."
       " Use another --workdir, or the config it was started with."
     )
+
+
+def identity(config: ConfigDict) -> dict:
+  """What a run must share with the one that its workdir holds: the config, and the
+  content of the problem file."""
+  path = pathlib.Path(config.data.problems)
+  if not path.is_file():
+    return settings.plain(config)
+  digest = hashlib.sha256(path.read_bytes()).hexdigest()
+  return {**settings.plain(config), "problem_file_sha256": digest}
 
 
 def prepare(
@@ -81,7 +93,7 @@ def prepare(
 ) -> Run:
   """Problems, tokenizer and policy."""
   c, d = config, config.data
-  task = worlds.make_task(c.task, c[c.task].to_dict() if c.task in c else {})
+  task = worlds.make_task(c.task, c)
   world = worlds.make_world(
     task,
     counts=c.counts.to_dict(),
@@ -96,11 +108,16 @@ def prepare(
   else:
     tokenizer = Tokenizer.train(texts, vocab=c.pretrain.vocab, symbols=task.symbols)
   kept = world.held_out[: c.eval.problems]
-  if len(kept) < c.eval.problems:
-    raise UserError(
-      f"config.eval.problems={c.eval.problems} and only {len(kept)} problems are held"
-      f" out. Set --config.eval.problems={len(kept)} or give more problems."
-    )
+  for key, wanted, found in (
+    ("eval.problems", c.eval.problems, len(kept)),
+    ("prompts", c.prompts, len(world.train)),
+  ):
+    if found < wanted:
+      side = "to evaluate on" if key == "eval.problems" else "to train on"
+      raise UserError(
+        f"config.{key}={wanted} and there are only {found} problems {side}. Lower"
+        f" config.{key} or give more problems."
+      )
   how = dict(template=d.template, prefill_think=d.prefill_think)
   length = d.prompt_length or worlds.longest_prompt(
     [*world.train, *kept], tokenizer, **how
@@ -113,10 +130,12 @@ def prepare(
     return max(map(len, tokenizer.encode_batch(rows)))
 
   policy = Policy(settings.policy_config(config, tokenizer.vocab))
+  optimizer = make_optimizer(settings.optimizer_config(c))
+  train_state.shardings(policy, optimizer, mesh, reference=True)  # do weights divide?
   encoded, asked = encode(world.train), encode(kept)
   # Only now is the folder claimed: a mistake found above leaves nothing behind.
   tokenizer.save(path)
-  write_json(workdir / "config.json", settings.plain(config))
+  write_json(workdir / "config.json", identity(config))
   return Run(
     config=config,
     workdir=workdir,
@@ -139,7 +158,7 @@ def prepare(
 def make_pages(
   config: ConfigDict, world: worlds.World, count: int
 ) -> list[tuple[str, str]]:
-  """The first `count` pages of the run's corpus, as (prompt, what follows)."""
+  """`count` pages of the run's mix, as (prompt, what follows)."""
   p = config.pretrain
   return corpus.pages(
     world.task,

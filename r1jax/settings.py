@@ -73,6 +73,11 @@ def windows(config: ConfigDict, longest_page: int) -> list[tuple[int, int]]:
   the corpus and an eighth more.
   """
   k = config.grpo.minibatches
+  if not all(isinstance(w, tuple | list) and len(w) == 2 for w in config.windows):
+    raise UserError(
+      f"config.windows={config.windows} must be a tuple of (update, tokens) pairs, such"
+      " as ((0, 64),)."
+    )
   fitted = -(-longest_page * 9 // 8)
   pairs = [(-(-int(a) // k) * k, int(tokens) or fitted) for a, tokens in config.windows]
   if not pairs or pairs[0][0] != 0 or pairs != sorted(pairs) or min(pairs)[1] < 0:
@@ -86,6 +91,13 @@ def windows(config: ConfigDict, longest_page: int) -> list[tuple[int, int]]:
 def window_at(pairs: list[tuple[int, int]], step: int) -> int:
   """Output tokens of the rollout that begins at update `step`."""
   return [tokens for start, tokens in pairs if start <= step][-1]
+
+
+def config_get(config: ConfigDict, key: str):
+  """The value of a dotted key."""
+  for part in key.split("."):
+    config = config[part]
+  return config
 
 
 def check(config: ConfigDict, devices: int) -> None:
@@ -109,9 +121,29 @@ def check(config: ConfigDict, devices: int) -> None:
   rows, parts = c.prompts * g.group_size, g.minibatches * g.micro_batches
   micro = c.pretrain.micro_batches
   rules = [
+    *(
+      (config_get(c, key) >= 1, f"{key}={config_get(c, key)} must be at least 1")
+      for key in (
+        *("steps", "prompts", "eval.problems", "pretrain.rows"),
+        *("pretrain.facts_a_page", "counts.pretrain", "counts.train"),
+        "counts.held_out",
+      )
+    ),
+    *(
+      (config_get(c, key) >= 0, f"{key}={config_get(c, key)} must not be negative")
+      for key in (
+        *("seed", "segment_tokens", "pretrain.steps", "pretrain.width"),
+        "data.prompt_length",
+      )
+    ),
     (
-      min(c.steps, c.prompts) >= 1,
-      f"steps={c.steps} and prompts={c.prompts} must be at least 1",
+      c.pretrain.vocab >= 300,
+      f"pretrain.vocab={c.pretrain.vocab} must be at least 300: 256 bytes and the tags",
+    ),
+    (
+      min(c.pretrain.mix.values()) >= 0 and max(c.pretrain.mix.values()) > 0,
+      f"pretrain.mix={c.pretrain.mix.to_dict()} needs weights of 0 or more, and one"
+      " above 0",
     ),
     (
       c.steps % g.minibatches == 0,
@@ -137,12 +169,15 @@ def check(config: ConfigDict, devices: int) -> None:
       f" pretrain.micro_batches={micro} x {shards} data shards; try"
       " pretrain.micro_batches=1",
     ),
-    (c.eval.problems >= 1, f"eval.problems={c.eval.problems} must be at least 1"),
     (c.eval.samples >= 2, f"eval.samples={c.eval.samples} must be at least 2"),
     (
       all(n > 0 and n % g.minibatches == 0 for n in (c.eval.every, c.checkpoint_every)),
       f"eval.every={c.eval.every} and checkpoint_every={c.checkpoint_every} must be"
       f" positive multiples of grpo.minibatches={g.minibatches}",
+    ),
+    (
+      not c.pretrain.mtp_coef or bool(policy_config(c, vocab=512).mtp_depth),
+      f"pretrain.mtp_coef={c.pretrain.mtp_coef} needs model.mtp_depth=1",
     ),
     (
       0 < c.data.held_out < 1,

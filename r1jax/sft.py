@@ -20,7 +20,7 @@ from r1jax.train_state import TrainState
 class Pages:
   tokens: jax.Array  # B W int32
   segments: jax.Array  # B W int32, 0 padding; a page sees itself alone
-  targets: jax.Array  # B W bool, tokens to be learned (never a page's first)
+  targets: jax.Array  # B W bool, tokens to be learned; a page's first never is
 
 
 def positions(segments: jax.Array) -> jax.Array:

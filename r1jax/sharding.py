@@ -66,11 +66,6 @@ def make_mesh(shape: tuple[int, int, int], devices: list | None = None) -> Mesh:
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def data_shards(mesh: Mesh) -> int:
-  """Into how many parts the batch of prompts is cut."""
-  return mesh.shape["fsdp"] * mesh.shape["expert"]
-
-
 def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
   """NamedShardings for a tree of `nn.Partitioned` boxes (the shapes of an init).
 

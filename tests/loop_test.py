@@ -83,6 +83,34 @@ def test_segments_give_the_run_the_same_figures(finished, cache, tmp_path):
     assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
+def test_a_mesh_gives_the_run_the_same_figures(finished, cache, tmp_path):
+  """Eight CPU devices as (fsdp, expert, tensor); the first rollout, before rounding has
+  had updates to grow in."""
+  arguments = [
+    "--config.mesh=(2,2,2)",
+    "--config.pretrain.micro_batches=1",
+    "--config.grpo.micro_batches=1",
+    "--config.pretrain.steps=3",
+    "--config.steps=2",
+    "--config.eval.every=2",
+    "--config.checkpoint_every=2",
+  ]
+  runs = {}
+  for devices, mesh in ((8, "(2,2,2)"), (1, "(1,1,1)")):
+    folder = tmp_path / str(devices)
+    done = subprocess.run(
+      command(folder, cache, *arguments, f"--config.mesh={mesh}"),
+      capture_output=True,
+      text=True,
+      env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+    )
+    assert done.returncode == 0, done.stderr
+    runs[devices] = [r for r in rows(folder) if r["phase"] in ("pretrain", "rl")]
+  for ours, theirs in zip(runs[8], runs[1], strict=True):
+    assert ours.pop("phase") == theirs.pop("phase")
+    assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-4)
+
+
 def test_starting_a_finished_run_again_shows_its_result(finished, cache):
   workdir, _ = finished
   before = (workdir / "summary.json").read_bytes()

@@ -75,6 +75,7 @@ def tiny() -> ConfigDict:
   c.pretrain.b2 = 0.98
   c.pretrain.weight_decay = 0.02
   c.pretrain.router_bias_rate = 2e-3
+  c.pretrain.mtp_coef = 0.0  # of the MTP loss, with model.mtp_depth=1; 0.3 in V3
   c.pretrain.vocab = 400  # upper bound on the tokenizer's pieces, 256 bytes included
   c.pretrain.facts_a_page = 4
   c.pretrain.mix = ConfigDict()  # weights of the kinds of pages
@@ -90,7 +91,8 @@ def tiny() -> ConfigDict:
   # One of the preset's sizes can be set here; None keeps it.
   for size in ("width", "layers", "dense_layers", "heads", "kv_latent", "experts"):
     c.model[size] = placeholder(int)
-  c.model.active_experts = placeholder(int)
+  for size in ("active_experts", "mtp_depth"):
+    c.model[size] = placeholder(int)
   c.model.moe = placeholder(str)  # "dense": every expert on every token; "ragged"
 
   # -- RL

@@ -1,7 +1,6 @@
 """A SentencePiece tokenizer: BPE with byte fallback, single digits, tags as symbols."""
 
 from collections.abc import Iterable, Sequence
-import hashlib
 import io
 import pathlib
 
@@ -71,10 +70,6 @@ class Tokenizer:
 
   def save(self, path: str | pathlib.Path) -> None:
     pathlib.Path(path).write_bytes(self.model)
-
-  @property
-  def sha256(self) -> str:
-    return hashlib.sha256(self.model).hexdigest()
 
   def encode(self, text: str) -> list[int]:
     """Ids without BOS or EOS."""

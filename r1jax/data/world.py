@@ -1,5 +1,6 @@
 """What a run trains on: problems on three sides that never mix."""
 
+from collections.abc import Mapping
 import dataclasses
 
 import numpy as np
@@ -23,13 +24,13 @@ class World:
   held_out: list[Problem]  # what the evaluation asks
 
 
-def make_task(name: str, options: dict) -> Task:
-  """The generator called `name`, at the difficulty that its options set."""
+def make_task(name: str, options: Mapping) -> Task:
+  """The generator called `name`, at the difficulty that `options[name]` sets."""
   if name not in TASKS:
     raise UserError(
       f"config.task={name!r} is not a task; choose one of {sorted(TASKS)}."
     )
-  return TASKS[name](**options)
+  return TASKS[name](**options[name])
 
 
 def make_world(

@@ -52,7 +52,13 @@ class PolicyConfig:
   remat: bool = False  # recompute each layer in the backward pass
 
   def __post_init__(self):
+    sizes = ("vocab", "width", "layers", "heads", "kv_latent", "nope_dim", "rope_dim")
+    sizes += ("v_dim", "dense_ffn", "expert_ffn", "experts", "active_experts")
     rules = [
+      *(
+        (getattr(self, s) >= 1, f"{s}={getattr(self, s)} must be 1 or more")
+        for s in sizes
+      ),
       (self.rope_dim % 2 == 0, f"rope_dim={self.rope_dim} must be even"),
       (
         self.experts % self.expert_groups == 0,
@@ -97,7 +103,7 @@ class PolicyConfig:
 
 
 def tiny(vocab: int, **changes) -> PolicyConfig:
-  """The miniature: every part of V3 at ~0.35 M parameters."""
+  """The miniature: every part of V3 at 0.38 M parameters."""
   sizes = dict(
     width=96,
     layers=3,

@@ -24,6 +24,12 @@ class Sequence:
   # return later in the row.
   segments: jax.Array
 
+  @classmethod
+  def of_mask(cls, mask: jax.Array) -> "Sequence":
+    """One page a row: positions count the real tokens. Args: mask [B, T] bool."""
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    return cls(positions=positions, segments=mask.astype(jnp.int32))
+
   @property
   def mask(self) -> jax.Array:  # B T T bool
     t = jnp.arange(self.segments.shape[1])

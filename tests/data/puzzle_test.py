@@ -40,7 +40,7 @@ def test_work_out_gives_the_last_digit_after_each_step():
     work_out([1, 2, 3], "+")
 
 
-@pytest.mark.parametrize("numbers", [2, 3, 4])
+@pytest.mark.parametrize("numbers", [3, 4])
 def test_problems_have_a_solution_and_accept_all_of_them(numbers):
   rng = random.Random(0)
   for _ in range(100):
@@ -75,7 +75,7 @@ PAGE = re.compile(r"<think>(.*)</think><answer>([-+*]+)</answer>")
 
 
 @pytest.mark.parametrize("kind", ["working", "checked"])
-@pytest.mark.parametrize("numbers", [2, 3])
+@pytest.mark.parametrize("numbers", [3, 4])
 def test_a_page_that_says_is_answers_right_and_one_that_says_not_does_not(
   kind, numbers
 ):

@@ -29,6 +29,9 @@ def run(*args: str, cwd=None) -> subprocess.CompletedProcess:
     ("--config=nowhere.py", ["nowhere.py"]),
     (f"--config={BAD}", ["nope", "tiny", "paper"]),
     ("--wrkdir=x", ["wrkdir"]),
+    ("--config.windows=(0,64)", ["windows", "((0, 64),)"]),
+    ("--config.segment_tokens=-1", ["segment_tokens=-1", "negative"]),
+    ("--config.model.width=0", ["width=0", "1 or more"]),
     ("--config.pretrain.steps=0", ["pretrain.steps=0", "a base"]),
     ("--config.optimizer.schedule=linear", ["'linear'", "cosine"]),
     ("--config=experiments/configs/r1_zero.py:paper", ["mesh=(1, 128, 16)", "devices"]),
@@ -59,6 +62,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     ("", ["no usable problem"]),
     ('{"problem": "1 + 1", "answer": "2"}\n{"problem": \n', [":2:", "not JSON"]),
     ('{"problem": "1 + 1"}\n', [":1:", '"answer"']),
+    ('{"problem": "1 + 1 + 1", "answer": 3}\n' * 9, ["1 distinct problems"]),
   ],
 )
 def test_a_bad_problem_file_names_its_line(content, words, tmp_path):
