@@ -45,6 +45,7 @@ def parse(argv: list[str], config_file: str) -> tuple[ConfigDict, str]:
     flags.DEFINE_string("workdir", "", "the run's folder; default: under runs/")
     rest = flags.FLAGS(plain)
     config = flags.FLAGS.config
+    config.to_dict()  # a file that failed to load says so only when it is read
   except (AttributeError, KeyError) as error:
     hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
     key = hint[2] if hint else str(error).strip("'\"").splitlines()[0]
@@ -53,7 +54,7 @@ def parse(argv: list[str], config_file: str) -> tuple[ConfigDict, str]:
       f"there is no config key {key!r}.{guess} --help lists all keys."
     ) from error
   except OSError as error:
-    raise UserError(f"--config names a file that cannot be read: {error}") from error
+    raise UserError(f"--config: {' '.join(str(error).split())}") from error
   except (flags.Error, ValueError, TypeError) as error:
     raise UserError(f"{_last_line(error)}. --help lists all flags.") from error
   if asked:

@@ -87,7 +87,6 @@ def test_a_mesh_gives_the_run_the_same_figures(finished, cache, tmp_path):
   """Eight CPU devices as (fsdp, expert, tensor); the first rollout, before rounding has
   had updates to grow in."""
   arguments = [
-    "--config.mesh=(2,2,2)",
     "--config.pretrain.micro_batches=1",
     "--config.grpo.micro_batches=1",
     "--config.pretrain.steps=3",
