@@ -11,7 +11,7 @@ tiny   2 CPU cores, 4 minutes. A base of 0.38 M parameters is pre-trained on syn
 puzzle 2 CPU cores, 12 minutes. The same on a search: pass@1 0.25 -> 0.8, four times the
        length, nine times the re-checks.
 paper  R1-Zero as published, for DeepSeek-V3-Base on a pod: the schedule, the sizes and
-       their sources. It starts from a base checkpoint, which this preset cannot make.
+       their sources. A record: it needs the published base, which r1jax cannot read.
 
 Every value can be set on the command line: --config.grpo.group_size=8.
 """
@@ -182,7 +182,9 @@ def paper(c: ConfigDict) -> None:
   c.optimizer.learning_rate = 3e-6  # P2 2.1
   c.optimizer.warmup_steps = 0  # not stated
   c.optimizer.schedule = "constant"  # not stated
-  c.optimizer.b2 = 0.95  # V3 4.2 (pre-training); not stated for RL
+  c.optimizer.b1, c.optimizer.b2 = 0.9, 0.95  # V3 4.2 (pre-training); not stated for RL
+  c.optimizer.weight_decay = 0.0  # not stated for RL
+  c.optimizer.clip_norm = 1.0  # V3 4.2 (pre-training); not stated for RL
   c.reward.format_weight = 1.0  # P2 Eq. 4: the same weight
   c.eval.every = 400  # ours
   c.checkpoint_every = 16  # ours: every rollout
