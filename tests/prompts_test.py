@@ -105,7 +105,7 @@ def test_a_broken_tag_is_still_readable():
 
 
 def test_an_unknown_template_is_refused_by_name():
-  with pytest.raises(UserError, match=r"config\.template='r2'.*r1_zero.*short"):
+  with pytest.raises(UserError, match=r"config\.data\.template='r2'.*r1_zero.*short"):
     prompts.render("r2", "1", prefill_think=False)
 
 
