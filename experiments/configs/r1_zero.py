@@ -8,8 +8,8 @@ Paper: DeepSeek-R1, arXiv 2501.12948v2, section 2 and supplement B.4.1.
 tiny   2 CPU cores, 4 minutes. A base of 0.38 M parameters is pre-trained on synthetic
        pages about chained sums, then improved by RL. Expected on held-out problems:
        pass@1 0.24 -> 0.97, three times the length (the README has the table of seeds).
-puzzle 2 CPU cores, 12 minutes. The same on a search: pass@1 0.25 -> 0.75, four times the
-       length, ten times the tries.
+puzzle 2 CPU cores, 11 minutes. The same on a search: pass@1 0.26 -> 0.74, four times
+       the length, ten times the tries.
 paper  R1-Zero as published, for DeepSeek-V3-Base on a pod: the schedule, the sizes and
        their sources. A record: it needs the published base, which r1jax cannot read.
 
