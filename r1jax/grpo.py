@@ -11,23 +11,31 @@ the loop runs one by one when a step is too long to lose.
 """
 
 from collections.abc import Callable
-import dataclasses
-import functools
-from typing import Any
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 import optax
 
-from r1jax import sharding
-from r1jax.advantages import group_relative
+from r1jax import diagnostics
+from r1jax.advantages import ADVANTAGES, group_relative
+from r1jax.dynamic_sampling import Slots, collect
 from r1jax.errors import UserError
+from r1jax.experience import (
+  Rows,
+  StepConfig,
+  completion_logprobs,
+  recall,
+  rows_of,
+  shaped,
+  shuffled,
+)
 from r1jax.models import moe
-from r1jax.models.mla import Sequence
-from r1jax.models.policy import Policy, token_logprobs
+from r1jax.models.policy import Policy
+from r1jax.moe_losses import auxiliary_losses
 from r1jax.optimizer import accumulate
+from r1jax.policy_loss import Totals, policy_loss
 from r1jax.prompts import PromptBatch
+from r1jax.rewards.in_graph import Rewards
 from r1jax.rollout import Rollout, sample
 from r1jax.train_state import Reference, TrainState
 
@@ -40,193 +48,51 @@ def key_of(key: jax.Array, step: jax.Array, purpose: int) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(key, step), purpose)
 
 
-@dataclasses.dataclass(frozen=True)
-class GRPOConfig:
-  """R1-Zero's settings; the sources stand in experiments/configs/r1_zero.py."""
-
-  group_size: int = 16  # G
-  minibatches: int = 16  # K updates a rollout, each output in one of them
-  micro_batches: int = 1  # parts of a minibatch whose gradients are summed
-  max_tokens: int = 32_768  # T
-  temperature: float = 1.0
-  clip_eps: float = 10.0  # ratio kept in [1 - eps, 1 + eps]
-  kl_coef: float = 0.001  # beta
-  std_ddof: int = 1
-  std_eps: float = 1e-6
-  reference_refresh: int = 400  # updates; 0 never
-  router_bias_rate: float = 0.001  # of the aux-loss-free balance
+class GRPOConfig(StepConfig):
+  """A step of GRPO."""
 
   def __post_init__(self):
+    super().__post_init__()
+    o = self.objective
     if self.group_size < 2:
       raise UserError(
         f"config.grpo.group_size={self.group_size}: a group-relative advantage needs at"
         " least 2 outputs a prompt (the paper uses 16)."
       )
-    if min(self.minibatches, self.micro_batches, self.max_tokens) < 1:
+    if o.advantage == "gae":
       raise UserError(
-        "config.grpo: grpo.minibatches, grpo.micro_batches and max_tokens must be at"
-        f" least 1, got {self.minibatches}, {self.micro_batches}, {self.max_tokens}."
+        "config.objective.advantage='gae' needs a value model: python -m"
+        f" experiments.ppo. Here it is one of {', '.join(sorted(ADVANTAGES))}."
       )
-    if self.reference_refresh % self.minibatches:
+    if not 0 <= o.std_ddof < self.group_size:
       raise UserError(
-        f"config.grpo.reference_refresh={self.reference_refresh} must be a multiple of"
-        f" minibatches={self.minibatches}: the reference is refreshed between rollouts."
+        f"config.objective.std_ddof={o.std_ddof} must lie in 0..group_size - 1 ="
+        f" {self.group_size - 1}."
       )
-    if not 0 <= self.std_ddof < self.group_size or self.kl_coef < 0:
-      raise UserError(
-        f"config.grpo: std_ddof={self.std_ddof} must lie in 0..group_size - 1 and"
-        f" kl_coef={self.kl_coef} must not be negative."
-      )
-    if not self.temperature > 0:
-      raise UserError(
-        f"config.grpo.temperature={self.temperature} must be above 0; a group of greedy"
-        " outputs is one output G times."
-      )
-
-
-@struct.dataclass
-class Rows:
-  """Outputs as training rows: a left-padded prompt, then a right-padded completion."""
-
-  prompts: jax.Array  # M P int32
-  prompt_mask: jax.Array  # M P bool
-  completions: jax.Array  # M T int32
-  completion_mask: jax.Array  # M T bool, through the stop token
-  old_logprobs: jax.Array  # M T float32, the sampler's
-  reference_logprobs: jax.Array  # M T float32
-  advantages: jax.Array  # M float32
-
-
-def completion_logprobs(
-  policy: Policy, params: Any, router: Any, rows: Rows, temperature: float
-) -> tuple[jax.Array, dict]:
-  """Log-probabilities of the completions, teacher-forced, and the experts' load.
-
-  Returns:
-    ([M, T] float32, {stack: [layers, E]}); only real tokens are counted as load.
-  """
-  length = rows.prompts.shape[1]
-  tokens = jnp.concatenate([rows.prompts, rows.completions], axis=1)
-  mask = jnp.concatenate([rows.prompt_mask, rows.completion_mask], axis=1)
-  seq = Sequence.of_mask(mask)
-  variables = {"params": params, "router": router}
-  out = policy.apply(variables, sharding.shard_batch(tokens), seq)
-  hidden = out.hidden[:, length - 1 : -1]
-  logits = policy.apply(variables, hidden, method="logits") / temperature
-  return token_logprobs(logits, rows.completions), out.load
-
-
-def k3(logprobs: jax.Array, reference_logprobs: jax.Array) -> jax.Array:
-  """The KL estimator r - log r - 1 with r = reference / policy (R1, Eq. 2), per token.
-
-  The log-ratio is clamped to +-20 so that exp stays finite. Never negative, unbiased on
-  samples of the policy; its on-policy gradient is that of KL(reference || policy).
-  """
-  d = jnp.clip(reference_logprobs - logprobs, -20.0, 20.0)
-  return jnp.expm1(d) - d
-
-
-def grpo_loss(
-  logprobs: jax.Array,
-  rows: Rows,
-  *,
-  clip_eps: float,
-  kl_coef: float,
-  total_rows: int,
-) -> tuple[jax.Array, dict]:
-  """The GRPO objective, negated (arXiv 2402.03300, Eq. 3), token-level ratio.
-
-    J = 1/M sum_i 1/|o_i| sum_t [ min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta k3 ]
-
-  Differs: R1's Eq. 1 prints the ratio of whole outputs; its origin and every
-  implementation take it token by token.
-
-  Args:
-    logprobs: [m, T] of the policy that is trained.
-    rows: m rows.
-    clip_eps: eps.
-    kl_coef: beta.
-    total_rows: M, the rows of the whole minibatch, so that its parts' losses add up.
-
-  Returns:
-    (scalar, metrics): each metric a share of the minibatch's, to be summed (names
-    ending in `_max`: to be maximised) over micro-batches.
-  """
-  mask = rows.completion_mask
-  tokens = jnp.maximum(mask.sum(axis=1), 1)
-  log_ratio = jnp.where(mask, logprobs - rows.old_logprobs, 0.0)
-  ratio = jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
-  a = rows.advantages[:, None]
-  surrogate = jnp.minimum(ratio * a, jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps) * a)
-  kl = jnp.where(mask, k3(logprobs, rows.reference_logprobs), 0.0)
-
-  def mean(x):  # per-sequence mean, then this part's share of the mean over rows
-    return jnp.sum(jnp.where(mask, x, 0.0).sum(axis=1) / tokens) / total_rows
-
-  loss = -mean(surrogate) + kl_coef * mean(kl)
-  bound = ((a > 0) & (ratio > 1 + clip_eps)) | ((a < 0) & (ratio < 1 - clip_eps))
-  metrics = {
-    "loss": loss,
-    "kl": mean(kl),
-    "clip_fraction": mean(bound.astype(jnp.float32)),
-    "ratio_max": jnp.max(ratio),
-    "sampler_gap_max": jnp.max(jnp.abs(log_ratio)),
-  }
-  return loss, jax.lax.stop_gradient(metrics)
 
 
 def experience(
   state: TrainState,
-  prompts: PromptBatch,
-  rollout: Rollout,
+  slots: Slots,
   key: jax.Array,
   *,
   policy: Policy,
-  reward_fn: Callable[[PromptBatch, Rollout], dict],
   config: GRPOConfig,
 ) -> tuple[Rows, dict]:
-  """Scores a rollout and splits it into shuffled minibatches.
+  """Scores the sampled groups and splits them into shuffled minibatches.
 
   Advantages are taken over whole groups before the shuffle breaks them apart.
 
   Returns:
     (Rows with leading axes [K, B * G / K], metrics of the rollout).
   """
-  c = config
-  rewards = reward_fn(prompts, rollout)
-  advantages = group_relative(rewards["reward"], std_ddof=c.std_ddof, std_eps=c.std_eps)
-  b, g, t = rollout.tokens.shape
-  rows = Rows(
-    prompts=jnp.repeat(prompts.tokens, g, axis=0),
-    prompt_mask=jnp.repeat(prompts.mask, g, axis=0),
-    completions=rollout.tokens.reshape(b * g, t),
-    completion_mask=rollout.mask.reshape(b * g, t),
-    old_logprobs=rollout.logprobs.reshape(b * g, t),
-    reference_logprobs=jnp.zeros((b * g, t), jnp.float32),
-    advantages=advantages.reshape(b * g),
-  )
-  order = jax.random.permutation(key_of(key, state.step, SHUFFLE), b * g)
-  parts = c.minibatches * c.micro_batches
-  rows = jax.tree.map(lambda x: x[order].reshape(parts, -1, *x.shape[1:]), rows)
-  if c.kl_coef:
-    with jax.named_scope("reference"):
-      reference = jax.lax.map(
-        lambda part: completion_logprobs(
-          policy, state.reference.params, state.reference.router, part, c.temperature
-        )[0],
-        rows,
-      )
-    rows = rows.replace(reference_logprobs=reference)
-  rows = jax.tree.map(lambda x: x.reshape(c.minibatches, -1, *x.shape[2:]), rows)
-  r = rewards["reward"]
-  metrics = {
-    **{name: x.mean() for name, x in rewards.items()},
-    "length": rollout.lengths.mean(dtype=jnp.float32),
-    "entropy": rollout.entropy.sum() / rollout.mask.sum(),
-    "truncated": 1.0 - rollout.ended.mean(dtype=jnp.float32),
-    "equal_groups": jnp.all(r == r[:, :1], axis=1).mean(dtype=jnp.float32),
-  }
-  return rows, metrics
+  c, o = config, config.objective
+  rows = recall(rows_of(slots, o), state, policy, c)
+  rewards = shaped(slots, rows, o, c.max_tokens)
+  advantages = group_relative(rewards, o).reshape(-1, 1)
+  rows = rows.replace(advantages=jnp.broadcast_to(advantages, rows.completions.shape))
+  metrics = diagnostics.of_batch(slots, rewards, rows.advantages)
+  return shuffled(rows, key_of(key, state.step, SHUFFLE), c.minibatches), metrics
 
 
 def update(
@@ -235,30 +101,45 @@ def update(
   *,
   policy: Policy,
   optimizer: optax.GradientTransformation,
-  config: GRPOConfig,
-) -> tuple[TrainState, dict]:
+  config: StepConfig,
+) -> tuple[TrainState, dict, dict]:
   """One minibatch: gradient, AdamW, router biases, and the reference when it is due.
 
   Args:
     state: before.
     rows: [M, ...], the minibatch.
+
+  Returns:
+    (state, metrics, {"logprobs", "clipped"} of every token [M, T]).
   """
   c = config
-  total = rows.advantages.shape[0]
+  totals = Totals.of(rows)
 
   def loss_fn(params, part):
-    logprobs, load = completion_logprobs(
-      policy, params, state.router, part, c.temperature
+    logprobs, out = completion_logprobs(
+      policy, params, state.router, part, c.temperature, replay=c.routing_replay
     )
-    loss, metrics = grpo_loss(
-      logprobs, part, clip_eps=c.clip_eps, kl_coef=c.kl_coef, total_rows=total
+    loss, (metrics, per_token) = policy_loss(
+      logprobs, part, c.objective, totals, window=c.max_tokens
     )
-    return loss, (metrics, load)
+    extra, figures, load = auxiliary_losses(
+      policy,
+      params,
+      state.router,
+      part,
+      out,
+      batch=rows,
+      balance_coef=c.balance_coef,
+      mtp_coef=c.mtp_coef,
+    )
+    return loss + extra, ({**metrics, **figures}, load, per_token)
 
-  grads, metrics, load = accumulate(loss_fn, state.params, rows, c.micro_batches)
+  grads, metrics, load, per_token = accumulate(
+    loss_fn, state.params, rows, c.micro_batches
+  )
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  router = moe.balance(state.router, load, c.router_bias_rate)
+  router = moe.balance(state.router, load, c.bias_rate) if c.bias_rate else state.router
   step = state.step + 1
   reference = state.reference
   if c.reference_refresh and reference is not None:
@@ -268,31 +149,40 @@ def update(
       lambda: state.reference,
     )
   metrics["grad_norm"] = optax.tree.norm(grads)
-  metrics["load_imbalance"] = load_imbalance(load)
-  return TrainState(step, params, router, opt_state, reference), metrics
+  metrics["load_imbalance"] = moe.load_imbalance(load)
+  return TrainState(step, params, router, opt_state, reference), metrics, per_token
 
 
-def load_imbalance(load: dict) -> jax.Array:
-  """Busiest expert's load over the mean, averaged over layers; 1 is perfect balance."""
-  if not load:
-    return jnp.ones(())
-  layers = jnp.concatenate(
-    [x.reshape(-1, x.shape[-1]) for x in jax.tree.leaves(load)], axis=0
-  )
-  return jnp.mean(layers.max(axis=-1) / jnp.maximum(layers.mean(axis=-1), 1e-6))
+def draw(
+  state: TrainState,
+  key: jax.Array,
+  *,
+  policy: Policy,
+  config: StepConfig,
+  stop_ids: tuple[int, ...],
+  pad_id: int,
+) -> Callable[[PromptBatch, jax.Array], Rollout]:
+  """The step's sampler: (problems, how often each stood before) -> rollout."""
+  c = config
 
+  def sampled(prompts, earlier):
+    return sample(
+      policy,
+      state.params,
+      state.router,
+      prompts,
+      key_of(key, state.step, ROLLOUT),
+      group_size=c.group_size,
+      max_tokens=c.max_tokens,
+      temperature=c.temperature,
+      stop_ids=stop_ids,
+      pad_id=pad_id,
+      top_k=c.top_k,
+      top_p=c.top_p,
+      earlier=earlier,
+    )
 
-def over_minibatches(per_update: dict) -> dict:
-  """A rollout's metrics from its K updates': means, except that maxima stay maxima and
-  the sampler's gap is read before the first update, where policy and sampler agree."""
-  return {
-    name: x[0]
-    if name == "sampler_gap_max"
-    else x.max()
-    if name.endswith("_max")
-    else x.mean()
-    for name, x in per_update.items()
-  }
+  return sampled
 
 
 def whole_step(
@@ -302,38 +192,35 @@ def whole_step(
   *,
   policy: Policy,
   optimizer: optax.GradientTransformation,
-  reward_fn: Callable[[PromptBatch, Rollout], dict],
+  reward_fn: Callable[[PromptBatch, Rollout], Rewards],
   config: GRPOConfig,
   stop_ids: tuple[int, ...],
   pad_id: int,
-) -> tuple[TrainState, Rollout, dict]:
+) -> tuple[TrainState, Rollout, dict, diagnostics.Trace]:
   """Rollout, reward, advantages and K updates; pure, and meant for one `jax.jit`.
 
   Args:
     state: donated by the caller's jit.
-    prompts: B problems.
+    prompts: B problems, or pool * B for dynamic sampling.
     key: the run's key; the draw of a step depends on it and on `state.step` alone.
     policy, optimizer, reward_fn, config, stop_ids, pad_id: static.
 
   Returns:
-    (state after K updates, the rollout, metrics as float32 scalars).
+    (state after K updates, the rollout that was trained on, metrics as float32 scalars,
+    the tokens of a few groups).
   """
   c = config
-  rollout = sample(
-    policy,
-    state.params,
-    state.router,
-    prompts,
-    key_of(key, state.step, ROLLOUT),
-    group_size=c.group_size,
-    max_tokens=c.max_tokens,
-    temperature=c.temperature,
-    stop_ids=stop_ids,
-    pad_id=pad_id,
-  )
-  rows, metrics = experience(
-    state, prompts, rollout, key, policy=policy, reward_fn=reward_fn, config=c
-  )
-  one = functools.partial(update, policy=policy, optimizer=optimizer, config=c)
-  state, per_update = jax.lax.scan(one, state, rows)
-  return state, rollout, {**metrics, **over_minibatches(per_update)}
+  sampler = draw(state, key, policy=policy, config=c, stop_ids=stop_ids, pad_id=pad_id)
+  slots = collect(prompts, sampler, reward_fn, c.objective)
+  rows, metrics = experience(state, slots, key, policy=policy, config=c)
+
+  def one(state, part):
+    state, figures, per_token = update(
+      state, part, policy=policy, optimizer=optimizer, config=c
+    )
+    return state, (figures, per_token)
+
+  state, (per_update, per_token) = jax.lax.scan(one, state, rows)
+  traced = diagnostics.trace(rows, per_token, c.traced_groups * c.group_size)
+  metrics = {**metrics, **diagnostics.over_updates(per_update)}
+  return state, slots.rollout.spoken(), metrics, traced

@@ -1,8 +1,8 @@
 """R1-Zero on the host: base, RL, evaluation, result. The only room that calls others.
 
 All that a run does lies in its workdir: config.json, tokenizer.model, metrics.jsonl,
-samples.jsonl, checkpoints/, summary.json, curves.png. The same command again resumes a
-run, and shows the result of one that has ended.
+samples.jsonl, tokens.jsonl, checkpoints/, summary.json, curves.png, tokens.html. The
+same command again resumes a run, and shows the result of one that has ended.
 """
 
 import dataclasses
@@ -19,7 +19,19 @@ from ml_collections import ConfigDict
 import numpy as np
 import rich.console
 
-from r1jax import grpo, report, rollout, segments, settings, sft, sharding, train_state
+from r1jax import (
+  diagnostics,
+  grpo,
+  ppo,
+  report,
+  rollout,
+  segments,
+  settings,
+  sft,
+  sharding,
+  token_report,
+  train_state,
+)
 from r1jax.checkpoint import Checkpoints
 from r1jax.data import corpus, problems
 from r1jax.errors import UserError
@@ -46,6 +58,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
       "config.pretrain.steps=0: RL starts from a base, and r1jax cannot read a"
       " published one. Set pretrain.steps to train one on the task's pages."
     )
+  for sentence in settings.idle(config):
+    console.print(sentence, style="yellow", highlight=False, soft_wrap=True)
   open_workdir(config, workdir)
   if (workdir / "summary.json").exists():
     summary = json.loads((workdir / "summary.json").read_text())
@@ -139,16 +153,11 @@ def pretrain(this: Run) -> tuple[Any, Any]:
 
 
 def reinforce(this: Run, params: Any, router: Any) -> None:
-  """GRPO from the base to the last update, with evaluations on the way."""
+  """RL from the base to the last update, with evaluations on the way."""
   c = this.config
-  optimizer = make_optimizer(settings.optimizer_config(c))
-  begin = functools.partial(
-    train_state.restart, optimizer=optimizer, reference=bool(c.grpo.kl_coef)
-  )
-  shardings = train_state.shardings(
-    this.policy, optimizer, this.mesh, reference=bool(c.grpo.kl_coef)
-  )
-  stream = problems.stream(len(this.world.train), c.prompts, seed=c.seed)
+  begin, shardings = beginning(this)
+  pool = c.prompts * settings.objective(c).pool
+  stream = problems.stream(len(this.world.train), pool, seed=c.seed)
   key = jax.random.fold_in(jax.random.key(c.seed), 1)
   checkpoints = Checkpoints(this.workdir / "checkpoints" / "rl")
   step = checkpoints.latest() or 0
@@ -164,8 +173,8 @@ def reinforce(this: Run, params: Any, router: Any) -> None:
       params, router
     )
   done = {"pretrain": c.pretrain.steps, "rl": step, "eval": step if step else -1}
-  this.metrics.roll_back(done)
-  this.samples.roll_back(done)
+  for file in (this.metrics, this.samples, this.traces):
+    file.roll_back(done)
 
   evaluate = Evaluator(this, state)
   if not step:
@@ -177,13 +186,13 @@ def reinforce(this: Run, params: Any, router: Any) -> None:
     with this.clock.phase("rl"):
       batch = put_batch(this, take(this.train, np.asarray(next(stream))))
     if window not in programs:
-      programs[window] = make_step(this, optimizer, window, state, batch, key)
+      programs[window] = make_step(this, window, state, batch, key)
     with this.clock.phase("rl"):
-      state, said, figures = programs[window](state, batch, key)
+      state, said, figures, trace = programs[window](state, batch, key)
       step += c.grpo.minibatches
       if pending is not None:
         record(this, *pending)
-      pending = (step, said, figures)
+      pending = (step, said, figures, trace)
       last = step == c.steps
       if last or step % c.eval.every == 0 or step % c.checkpoint_every == 0:
         record(this, *pending)
@@ -197,18 +206,31 @@ def reinforce(this: Run, params: Any, router: Any) -> None:
   checkpoints.close()
 
 
-def make_step(this: Run, optimizer, window: int, state, batch, key) -> Any:
+def beginning(this: Run) -> tuple[Any, Any]:
+  """(function of the base's (params, router) to a first state, its shardings)."""
+  c = this.config
+  optimizer = make_optimizer(settings.optimizer_config(c))
+  how = dict(reference=settings.objective(c).needs_reference)
+  if "ppo" not in c:
+    begin = functools.partial(train_state.restart, optimizer=optimizer, **how)
+    return begin, train_state.shardings(this.policy, optimizer, this.mesh, **how)
+  how["value_optimizer"] = make_optimizer(settings.value_optimizer_config(c))
+  begin = functools.partial(ppo.restart, optimizer=optimizer, **how)
+  return begin, ppo.shardings(this.policy, optimizer, mesh=this.mesh, **how)
+
+
+def make_step(this: Run, window: int, state, batch, key) -> Any:
   """The step for one output window: one program, or segments of it."""
   c, d = this.config, this.config.data
   parts = dict(
     policy=this.policy,
-    optimizer=optimizer,
+    optimizer=make_optimizer(settings.optimizer_config(c)),
     reward_fn=in_graph.rule_reward(
       in_graph.TagTable.of(this.tokenizer),
       prefill_think=d.prefill_think,
       **c.reward,
     ),
-    config=settings.grpo_config(c, window),
+    config=settings.step_config(c, window),
     stop_ids=this.stop_ids,
     pad_id=this.tokenizer.pad_id,
   )
@@ -218,23 +240,39 @@ def make_step(this: Run, optimizer, window: int, state, batch, key) -> Any:
     return segments.make_segments(
       segment_tokens=c.segment_tokens, state_shardings=layout, **parts
     )
+  learn = grpo.whole_step
+  if "ppo" in c:
+    learn = ppo.whole_step
+    parts["value_optimizer"] = make_optimizer(settings.value_optimizer_config(c))
 
   def whole_step(state, batch, key):
-    return grpo.whole_step(state, batch, key, **parts)
+    return learn(state, batch, key, **parts)
 
-  out = layout, None, None
+  out = layout, None, None, None
   return compiled(this, whole_step, state, batch, key, donate=(0,), out_shardings=out)
 
 
-def record(this: Run, step: int, said: rollout.Rollout, figures: dict) -> None:
-  """Writes a step's figures; the reflection words are counted in its text."""
+def record(
+  this: Run, step: int, said: rollout.Rollout, figures: dict, trace: diagnostics.Trace
+) -> None:
+  """Writes a step's figures, and now and then its tokens; the reflection words are
+  counted in the text of the groups that were trained on."""
   if "first_rl_step" not in this.clock.seconds:
     jax.block_until_ready(said)
     this.clock.seconds["first_rl_step"] = this.clock.elapsed
-  texts = [t for group in generate.texts_of(said, this.tokenizer) for t in group]
+  texts = [t for group in generate.texts_of(said, this.tokenizer) for t in group if t]
   figures = {name: float(value) for name, value in figures.items()}
-  figures["reflection_rate"] = float(np.mean([generate.reflections(t) for t in texts]))
+  counted = [generate.reflections(t) for t in texts]
+  figures["reflection_rate"] = float(np.mean(counted)) if counted else 0.0
   this.metrics.write({"phase": "rl", "step": step, **figures})
+  every = this.config.eval.every
+  if this.config.grpo.traced_groups and step % every in (
+    0,
+    this.config.grpo.minibatches,
+  ):
+    group = this.config.grpo.group_size
+    for row in token_report.rows(trace, this.tokenizer, group):
+      this.traces.write({"phase": "rl", "step": step, **row})
   this.progress.update(
     "rl",
     step,
@@ -258,7 +296,7 @@ class Evaluator:
     c = this.config
 
     def evaluate(params, router, prompts, key):
-      return rollout.sample(
+      said = rollout.sample(
         this.policy,
         params,
         router,
@@ -269,7 +307,10 @@ class Evaluator:
         temperature=c.grpo.temperature,
         stop_ids=this.stop_ids,
         pad_id=this.tokenizer.pad_id,
+        top_k=c.grpo.top_k,
+        top_p=c.grpo.top_p,
       )
+      return said.spoken()
 
     self.this = this
     count = len(this.held_out_problems)
@@ -311,7 +352,7 @@ class Evaluator:
 
 
 def conclude(this: Run) -> dict:
-  """summary.json and curves.png."""
+  """summary.json, curves.png and tokens.html."""
   c, clock = this.config, this.clock
   evals, train = this.metrics.phase("eval"), this.metrics.phase("rl")
   half = min(evals, key=lambda row: abs(row["step"] - c.steps / 2))
@@ -339,6 +380,9 @@ def conclude(this: Run) -> dict:
   }
   title = f"R1-Zero in miniature: {c.task}, seed {c.seed}"
   report.curves(this.workdir / "curves.png", train, evals, title)
+  if c.grpo.traced_groups:
+    page = token_report.page(this.traces.rows(), title)
+    (this.workdir / "tokens.html").write_text(page, encoding="utf-8")
   write_json(this.workdir / "summary.json", summary)
   return summary
 

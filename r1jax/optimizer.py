@@ -69,24 +69,25 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def accumulate(
-  loss_fn: Callable[[Any, Any], tuple[jax.Array, tuple[dict, Any]]],
+  loss_fn: Callable[[Any, Any], tuple[jax.Array, tuple[dict, Any, Any]]],
   params: Any,
   batch: Any,
   micro_batches: int,
-) -> tuple[Any, dict, Any]:
+) -> tuple[Any, dict, Any, Any]:
   """The gradient of a sum of losses, one part of the batch at a time.
 
   Part i takes rows i, i + n, ..., so that every part is spread over all devices.
 
   Args:
-    loss_fn: (params, part) -> (loss, (metrics, counts)); losses, metrics and counts of
-      the parts add up to those of the batch (metrics named `_max` take the maximum).
+    loss_fn: (params, part) -> (loss, (metrics, counts, per_row)); losses, metrics and
+      counts of the parts add up to those of the batch (metrics named `_max` take the
+      maximum); per_row holds arrays whose first axis is the part's rows.
     params: where the gradient is taken.
     batch: arrays with a common first axis that `micro_batches` divides.
     micro_batches: n.
 
   Returns:
-    (gradients, metrics, counts).
+    (gradients, metrics, counts, per_row in the order of the batch's rows).
 
   Raises:
     ValueError: the rows do not divide into the parts.
@@ -103,14 +104,17 @@ def accumulate(
   )
 
   def add(total, part):
-    grads, (metrics, counts) = grad_fn(params, part)
-    return jax.tree.map(jnp.add, total, (grads, counts)), metrics
+    grads, (metrics, counts, per_row) = grad_fn(params, part)
+    return jax.tree.map(jnp.add, total, (grads, counts)), (metrics, per_row)
 
   shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][1]))
-  (grads, counts), metrics = jax.lax.scan(add, zeros, parts)
+  (grads, counts), (metrics, per_row) = jax.lax.scan(add, zeros, parts)
   metrics = {
     k: v.max(axis=0) if k.endswith("_max") else v.sum(axis=0)
     for k, v in metrics.items()
   }
-  return grads, metrics, counts
+  per_row = jax.tree.map(
+    lambda x: x.swapaxes(0, 1).reshape(rows, *x.shape[2:]), per_row
+  )
+  return grads, metrics, counts, per_row

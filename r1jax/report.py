@@ -25,6 +25,9 @@ def curves(
   figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True)
   steps, held_out = [r["step"] for r in train], [r["step"] for r in evals]
   cons = next(k for k in evals[0] if k.startswith("cons_at_"))
+  kl, label = "kl", "KL to the reference, nats a token"
+  if any(kl not in row for row in train):
+    kl, label = "kl_old", "KL to the sampling policy, nats a token"
   panels = [
     (
       "accuracy",
@@ -37,7 +40,7 @@ def curves(
       "reflection words a response",
       [("reflection_rate", "held out")],
     ),
-    ("kl", "KL to the reference, nats a token", []),
+    (kl, label, []),
   ]
   for axis, (key, label, lines) in zip(axes.flat, panels, strict=True):
     axis.plot(steps, [r[key] for r in train], color="0.7", lw=1, label="rollouts")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from r1jax import sharding
+from r1jax import support as supports
 from r1jax.models.mla import DecodeStep, Sequence
 from r1jax.models.policy import Policy, token_logprobs
 from r1jax.prompts import PromptBatch
@@ -22,15 +23,21 @@ from r1jax.prompts import PromptBatch
 class Rollout:
   tokens: jax.Array  # B G T int32, the completions, padded on the right
   mask: jax.Array  # B G T bool, the sampled tokens, the stop token included
-  logprobs: (
-    jax.Array
-  )  # B G T float32, of the sampled (tempered) distribution; 0 in padding
+  logprobs: jax.Array  # B G T float32, of the distribution sampled from; 0 in padding
   entropy: jax.Array  # B G T float32, nats, of that distribution; 0 in padding
   ended: jax.Array  # B G bool, a stop token was drawn; False means truncated
+  # What an update needs to see the tokens as the sampler did; None where there is none.
+  prompt_experts: jax.Array | None = None  # B N P A uint8 or int32, of the N MoE layers
+  experts: jax.Array | None = None  # B G N T A, likewise
+  support: jax.Array | None = None  # B G T V/8 uint8, the truncated support's bits
 
   @property
   def lengths(self) -> jax.Array:  # B G int32
     return self.mask.sum(axis=-1)
+
+  def spoken(self) -> "Rollout":
+    """What was said, without the records for the update."""
+    return self.replace(prompt_experts=None, experts=None, support=None)
 
 
 @struct.dataclass
@@ -46,6 +53,14 @@ class Decoding:
   hidden: jax.Array  # B G D, of the last token
   prefix: jax.Array  # N B P C+R
   suffix: jax.Array  # N B G T C+R
+  prompt_experts: jax.Array | None  # N B P A
+  experts: jax.Array | None  # N B G T A
+  support: jax.Array | None  # B G T V/8
+
+
+def repeats(ids: jax.Array) -> jax.Array:
+  """How often each problem stood in the batch before. Args: ids [B]. Returns: [B]."""
+  return jnp.tril(ids[:, None] == ids[None, :], k=-1).sum(axis=1)
 
 
 def start(
@@ -57,6 +72,7 @@ def start(
   group_size: int,
   max_tokens: int,
   pad_id: int,
+  truncated_support: bool = False,
 ) -> Decoding:
   """Prefills each prompt once and sets up the loop's carry."""
   batch = prompts.tokens.shape[0]
@@ -65,6 +81,16 @@ def start(
   rows = (batch, group_size)
   hidden = jnp.broadcast_to(out.hidden[:, -1:], (*rows, out.hidden.shape[-1]))
   layers, _, _, latent = out.cache.shape
+  experts = prompt_experts = support = None
+  if out.experts is not None:
+    few = policy.config.experts <= 256
+    prompt_experts = out.experts.astype(jnp.uint8 if few else jnp.int32)
+    moe_layers, _, _, active = prompt_experts.shape
+    shape = (moe_layers, *rows, max_tokens, active)
+    experts = jnp.zeros(shape, prompt_experts.dtype)
+  if truncated_support:
+    shape = (*rows, max_tokens, -(-policy.config.vocab // 8))
+    support = jnp.zeros(shape, jnp.uint8)
   return Decoding(
     t=jnp.zeros((), jnp.int32),
     tokens=jnp.full((*rows, max_tokens), pad_id, jnp.int32),
@@ -75,6 +101,9 @@ def start(
     hidden=sharding.shard_batch(hidden),
     prefix=out.cache,
     suffix=jnp.zeros((layers, *rows, max_tokens, latent), out.cache.dtype),
+    prompt_experts=prompt_experts,
+    experts=experts,
+    support=support,
   )
 
 
@@ -90,19 +119,22 @@ def advance(
   temperature: float,
   stop_ids: tuple[int, ...],
   pad_id: int,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  earlier: jax.Array | None = None,
 ) -> Decoding:
   """Decodes until `limit` tokens are written or every row has ended.
 
   Token t of sample g of the problem with id i is drawn with the key
   fold_in(fold_in(fold_in(key, i), g), t) alone: a completion depends neither on where
   the loop was cut nor on which other problems share its batch. (A problem that stands
-  in the batch for the n-th time goes on counting: its samples are n * G + g.)
+  in the batch for the n-th time goes on counting: its samples are n * G + g; `earlier`
+  [B] says how often it stood before where the batch is a part of a larger one.)
   """
   variables = {"params": params, "router": router}
   _, group, length = carry.tokens.shape
-  same = prompts.ids[:, None] == prompts.ids[None, :]
-  times_before = jnp.tril(same, k=-1).sum(axis=1, keepdims=True)
-  samples = times_before * group + jnp.arange(group)[None]  # B G
+  earlier = repeats(prompts.ids) if earlier is None else earlier
+  samples = earlier[:, None] * group + jnp.arange(group)[None]  # B G
 
   def sample_key(problem, sample):
     return jax.random.fold_in(jax.random.fold_in(key, problem), sample)
@@ -122,6 +154,10 @@ def advance(
 
   def body(c: Decoding) -> Decoding:
     logits = policy.apply(variables, c.hidden, method="logits") / temperature
+    packed = None
+    if c.support is not None:
+      packed = supports.pack(supports.support(logits, top_k=top_k, top_p=top_p))
+      logits = supports.restrict(logits, packed)
     drawn = draw(logits, c.t)
     token = jnp.where(c.done, pad_id, drawn)
     logprob = jnp.where(c.done, 0.0, token_logprobs(logits, drawn))
@@ -135,9 +171,17 @@ def advance(
       prefix_mask=prompts.mask,
       slot=c.t,
     )
-    hidden, suffix = policy.apply(
+    hidden, suffix, chosen = policy.apply(
       variables, token, at, c.prefix, c.suffix, method="decode"
     )
+    experts, support = c.experts, c.support
+    if chosen is not None:
+      entry = chosen.astype(experts.dtype)[:, :, :, None]
+      experts = jax.lax.dynamic_update_slice(experts, entry, (0, 0, 0, c.t, 0))
+    if packed is not None:
+      support = jax.lax.dynamic_update_slice(
+        support, packed[:, :, None], (0, 0, c.t, 0)
+      )
     stops = (token[..., None] == jnp.asarray(stop_ids).reshape(1, 1, -1)).any(-1)
     return Decoding(
       t=c.t + 1,
@@ -149,6 +193,9 @@ def advance(
       hidden=hidden,
       prefix=c.prefix,
       suffix=suffix,
+      prompt_experts=c.prompt_experts,
+      experts=experts,
+      support=support,
     )
 
   return jax.lax.while_loop(running, body, carry)
@@ -162,7 +209,15 @@ def finish(carry: Decoding) -> Rollout:
     logprobs=carry.logprobs,
     entropy=carry.entropy,
     ended=carry.done,
+    prompt_experts=_batch_first(carry.prompt_experts, 1),
+    experts=_batch_first(carry.experts, 2),
+    support=carry.support,
   )
+
+
+def _batch_first(x: jax.Array | None, rows: int) -> jax.Array | None:
+  """Layers N from the front to behind the `rows` axes of rows."""
+  return None if x is None else jnp.moveaxis(x, 0, rows)
 
 
 def sample(
@@ -177,6 +232,9 @@ def sample(
   temperature: float,
   stop_ids: tuple[int, ...],
   pad_id: int,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  earlier: jax.Array | None = None,
 ) -> Rollout:
   """A whole rollout of G completions a prompt.
 
@@ -192,6 +250,9 @@ def sample(
       distribution. The paper samples at 1.
     stop_ids: tokens that end a row (EOS; `</answer>` with `stop_on_answer`).
     pad_id: fills rows after their end.
+    top_k, top_p: truncate the distribution (support.py); 0 and 1 leave it whole. The
+      log-probabilities and the entropy are of what is left, renormalised.
+    earlier: [B] int32, see `advance`.
   """
   carry = start(
     policy,
@@ -201,6 +262,7 @@ def sample(
     group_size=group_size,
     max_tokens=max_tokens,
     pad_id=pad_id,
+    truncated_support=supports.truncates(top_k, top_p),
   )
   carry = advance(
     policy,
@@ -213,6 +275,9 @@ def sample(
     temperature=temperature,
     stop_ids=stop_ids,
     pad_id=pad_id,
+    top_k=top_k,
+    top_p=top_p,
+    earlier=earlier,
   )
   return finish(carry)
 

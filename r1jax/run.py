@@ -34,6 +34,7 @@ class Run:
   progress: Progress
   metrics: MetricsFile
   samples: MetricsFile
+  traces: MetricsFile
   world: worlds.World
   tokenizer: Tokenizer
   policy: Policy
@@ -108,15 +109,17 @@ def prepare(
   else:
     tokenizer = Tokenizer.train(texts, vocab=c.pretrain.vocab, symbols=task.symbols)
   kept = world.held_out[: c.eval.problems]
+  pool = settings.objective(c).pool
   for key, wanted, found in (
     ("eval.problems", c.eval.problems, len(kept)),
-    ("prompts", c.prompts, len(world.train)),
+    ("prompts", c.prompts * pool, len(world.train)),
   ):
     if found < wanted:
       side = "to evaluate on" if key == "eval.problems" else "to train on"
+      several = f" (times objective.pool={pool})" if key == "prompts" else ""
       raise UserError(
-        f"config.{key}={wanted} and there are only {found} problems {side}. Lower"
-        f" config.{key} or give more problems."
+        f"config.{key}={settings.config_get(c, key)}{several} and there are only"
+        f" {found} problems {side}. Lower config.{key} or give more problems."
       )
   how = dict(template=d.template, prefill_think=d.prefill_think)
   length = d.prompt_length or worlds.longest_prompt(
@@ -133,6 +136,9 @@ def prepare(
   optimizer = make_optimizer(settings.optimizer_config(c))
   train_state.shardings(policy, optimizer, mesh, reference=True)  # do weights divide?
   encoded, asked = encode(world.train), encode(kept)
+  windows = settings.windows(c, 1 + longest([page for _, page in pages]))
+  for _, tokens in windows:
+    settings.step_config(c, tokens)
   # Only now is the folder claimed: a mistake found above leaves nothing behind.
   tokenizer.save(path)
   write_json(workdir / "config.json", identity(config))
@@ -144,6 +150,7 @@ def prepare(
     progress=progress,
     metrics=MetricsFile(workdir / "metrics.jsonl"),
     samples=MetricsFile(workdir / "samples.jsonl"),
+    traces=MetricsFile(workdir / "tokens.jsonl"),
     world=world,
     tokenizer=tokenizer,
     policy=policy,
@@ -151,7 +158,7 @@ def prepare(
     held_out=asked,
     held_out_problems=kept,
     page=2 + longest(texts),  # BOS and EOS
-    windows=settings.windows(c, 1 + longest([page for _, page in pages])),
+    windows=windows,
   )
 
 

@@ -1,15 +1,21 @@
 """From a ConfigDict to the rooms' dataclasses, and the checks before any compile."""
 
+import dataclasses
 import hashlib
 import json
 
 from ml_collections import ConfigDict
 
-from r1jax import sharding
+from r1jax import presets, sharding
 from r1jax.errors import UserError
 from r1jax.grpo import GRPOConfig
 from r1jax.models.config import PRESETS, PolicyConfig
+from r1jax.objective import Objective
 from r1jax.optimizer import OptimizerConfig, learning_rate
+from r1jax.ppo import PPOConfig
+
+# Parts of the rule reward (rewards/in_graph.py).
+REWARD_PARTS = ("accuracy", "format")
 
 # Keys that change neither the weights nor the figures of a run.
 FREE = ("seeds", "compilation_cache")
@@ -45,12 +51,45 @@ def policy_config(config: ConfigDict, vocab: int) -> PolicyConfig:
   return PRESETS[preset](vocab, **options)
 
 
-def grpo_config(config: ConfigDict, max_tokens: int) -> GRPOConfig:
-  return GRPOConfig(max_tokens=max_tokens, **config.grpo)
+def chosen(config: ConfigDict) -> dict:
+  """The objective's choices that the config sets beside its preset."""
+  options = config.objective.to_dict()
+  return {k: v for k, v in options.items() if v is not None and k != "preset"}
+
+
+def objective(config: ConfigDict) -> Objective:
+  return presets.objective(config.objective.preset, **chosen(config))
+
+
+def step_config(config: ConfigDict, max_tokens: int) -> GRPOConfig | PPOConfig:
+  """Of a step with this output window: PPO's where the config has a section `ppo`."""
+  parts = dict(max_tokens=max_tokens, objective=objective(config), **config.grpo)
+  if "ppo" not in config:
+    return GRPOConfig(**parts)
+  return PPOConfig(**parts, value_clip=config.ppo.value_clip, whiten=config.ppo.whiten)
+
+
+def idle(config: ConfigDict) -> list[str]:
+  """A sentence for every choice that was set and has no effect."""
+  g, said = (
+    config.grpo,
+    presets.without_effect(config.objective.preset, **chosen(config)),
+  )
+  if g.freeze_router_bias and g.router_bias_rate:
+    said.append("grpo.router_bias_rate has no effect with grpo.freeze_router_bias.")
+  if not g.keep_sampling_mask:
+    said.append("grpo.keep_sampling_mask has no effect: nothing is truncated.")
+  return said
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
   return OptimizerConfig(steps=config.steps, **config.optimizer)
+
+
+def value_optimizer_config(config: ConfigDict) -> OptimizerConfig:
+  """PPO's value model: the policy's optimizer at a rate of its own."""
+  rate = config.ppo.value_learning_rate
+  return dataclasses.replace(optimizer_config(config), learning_rate=rate)
 
 
 def pretrain_optimizer_config(config: ConfigDict) -> OptimizerConfig:
@@ -112,9 +151,10 @@ def check(config: ConfigDict, devices: int) -> None:
       f"config.grpo.minibatches={g.minibatches} and config.pretrain.micro_batches="
       f"{c.pretrain.micro_batches} must be at least 1."
     )
-  for _, tokens in windows(c, longest_page=1):
-    grpo_config(c, tokens)
-  policy_config(c, vocab=512)
+  # A window that is fitted to the pages is checked again when it is known.
+  for _, tokens in windows(c, longest_page=2**15):
+    step_config(c, tokens)
+  o, sizes = objective(c), policy_config(c, vocab=512)
   learning_rate(optimizer_config(c))
   shape = sharding.check_mesh(c.mesh, devices)
   shards = shape[0] * shape[1]
@@ -176,8 +216,34 @@ def check(config: ConfigDict, devices: int) -> None:
       f" positive multiples of grpo.minibatches={g.minibatches}",
     ),
     (
-      not c.pretrain.mtp_coef or bool(policy_config(c, vocab=512).mtp_depth),
+      not c.pretrain.mtp_coef or bool(sizes.mtp_depth),
       f"pretrain.mtp_coef={c.pretrain.mtp_coef} needs model.mtp_depth=1",
+    ),
+    (
+      "ppo" not in c or not c.segment_tokens,
+      f"segment_tokens={c.segment_tokens}: PPO's step is one program; set it to 0",
+    ),
+    (
+      not g.mtp_coef or bool(sizes.mtp_depth),
+      f"grpo.mtp_coef={g.mtp_coef} needs model.mtp_depth=1",
+    ),
+    (
+      bool(sizes.moe_layers) or not (g.routing_replay or g.balance_coef),
+      f"grpo.routing_replay={g.routing_replay} and grpo.balance_coef={g.balance_coef}"
+      " need a policy with experts; model.dense_layers leaves it none",
+    ),
+    (
+      min(g.router_bias_rate, g.balance_coef, g.mtp_coef) >= 0,
+      "grpo.router_bias_rate, grpo.balance_coef and grpo.mtp_coef must not be negative",
+    ),
+    (
+      0 <= g.traced_groups <= c.prompts,
+      f"grpo.traced_groups={g.traced_groups} must lie in 0..prompts={c.prompts}",
+    ),
+    (
+      o.filter_on in ("reward", *REWARD_PARTS),
+      f"objective.filter_on={o.filter_on!r} is neither 'reward' nor one of its parts,"
+      f" {', '.join(REWARD_PARTS)}",
     ),
     (
       0 < c.data.held_out < 1,

@@ -95,9 +95,12 @@ def step(
   counts = targets_ahead(pages, 1).sum(), targets_ahead(pages, 2).sum()
 
   def loss(params, part):
-    return loss_fn(policy, params, state.router, part, counts=counts, mtp_coef=mtp_coef)
+    loss, aux = loss_fn(
+      policy, params, state.router, part, counts=counts, mtp_coef=mtp_coef
+    )
+    return loss, (*aux, ())
 
-  grads, metrics, load = accumulate(loss, state.params, pages, micro_batches)
+  grads, metrics, load, _ = accumulate(loss, state.params, pages, micro_batches)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   state = state.replace(
     step=state.step + 1,

@@ -22,8 +22,10 @@ import numpy as np
 from r1jax import grpo, train_state
 from r1jax.models import config as sizes
 from r1jax.models.policy import Policy
+from r1jax.objective import Objective
 from r1jax.optimizer import OptimizerConfig, make_optimizer
 from r1jax.prompts import PromptBatch
+from r1jax.rewards.in_graph import Rewards
 
 PATH = pathlib.Path(__file__).parent / "golden" / "whole_step.json"
 VOCAB, PAD = 16, 0
@@ -33,9 +35,8 @@ CONFIG = grpo.GRPOConfig(
   minibatches=2,
   micro_batches=2,
   max_tokens=6,
-  clip_eps=0.2,
-  kl_coef=0.04,
   reference_refresh=4,
+  objective=Objective(clip_low=0.2, clip_high=0.2, kl_coef=0.04),
 )
 
 
@@ -101,11 +102,11 @@ def prompt_batch(batch: int = 4, length: int = 5, seed: int = 0) -> PromptBatch:
   )
 
 
-def reward_fn(prompts: PromptBatch, rollout: Any) -> dict:
+def reward_fn(prompts: PromptBatch, rollout: Any) -> Rewards:
   """Counts tokens above half the vocabulary; 0.1 for all where `answers` is -1."""
   good = (rollout.tokens >= VOCAB // 2) & rollout.mask
   counted = good.sum(axis=-1).astype(jnp.float32)
-  return {"reward": jnp.where(prompts.answers[:, :, 0] < 0, 0.1, counted)}
+  return Rewards.of(count=(1.0, jnp.where(prompts.answers[:, :, 0] < 0, 0.1, counted)))
 
 
 def make_step(policy: Policy, config: grpo.GRPOConfig = CONFIG, **changes):
@@ -132,7 +133,7 @@ def figures(metrics: dict) -> dict[str, float]:
 def main() -> None:
   policy = tiny_policy()
   step = jax.jit(make_step(policy))
-  _, _, metrics = step(new_state(policy), prompt_batch(), jax.random.key(7))
+  _, _, metrics, _ = step(new_state(policy), prompt_batch(), jax.random.key(7))
   PATH.parent.mkdir(exist_ok=True)
   PATH.write_text(json.dumps(figures(metrics), indent=2) + "\n")
   print(PATH.read_text())

@@ -8,6 +8,7 @@ import pytest
 
 from r1jax import grpo, sharding, train_state
 from r1jax.errors import UserError
+from r1jax.objective import Objective
 from r1jax.optimizer import OptimizerConfig, make_optimizer
 
 POLICIES = {moe: golden.tiny_policy(moe=moe) for moe in ("dense", "ragged")}
@@ -19,9 +20,8 @@ CONFIG = grpo.GRPOConfig(
   minibatches=2,
   micro_batches=2,
   max_tokens=6,
-  clip_eps=0.2,
-  kl_coef=0.04,
   reference_refresh=2,
+  objective=Objective(clip_low=0.2, clip_high=0.2, kl_coef=0.04),
 )
 
 
@@ -42,9 +42,9 @@ def run(shape, devices, policy):
     step = jax.jit(
       golden.make_step(policy, CONFIG, optimizer=OPTIMIZER),
       donate_argnums=0,
-      out_shardings=(shardings, None, None),
+      out_shardings=(shardings, None, None, None),
     )
-    return step(state, batch, key)
+    return step(state, batch, key)[:3]
 
 
 @pytest.fixture(scope="module")

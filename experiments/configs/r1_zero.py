@@ -16,8 +16,12 @@ paper  R1-Zero as published, for DeepSeek-V3-Base on a pod: the schedule, the si
 Every value can be set on the command line: --config.grpo.group_size=8.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from r1jax.objective import Objective
 
 PRESETS = ("tiny", "puzzle", "paper")
 
@@ -107,12 +111,17 @@ def tiny() -> ConfigDict:
   c.grpo.minibatches = 2  # updates a rollout
   c.grpo.micro_batches = 16
   c.grpo.temperature = 1.0
-  c.grpo.clip_eps = 10.0
-  c.grpo.kl_coef = 0.001
-  c.grpo.std_ddof = 1  # the paper does not say; verl, TRL and OpenRLHF use 1
-  c.grpo.std_eps = 1e-6
+  c.grpo.top_k = 0  # sample from the k most likely tokens; 0: from all
+  c.grpo.top_p = 1.0  # sample from the nucleus of this probability; 1: from all
+  c.grpo.keep_sampling_mask = True  # the ratio is taken over the sampled support
   c.grpo.reference_refresh = 40  # updates
   c.grpo.router_bias_rate = 1e-3
+  c.grpo.freeze_router_bias = False
+  c.grpo.balance_coef = 0.0  # of the sequence-wise balance loss; 1e-4 in V3
+  c.grpo.mtp_coef = 0.0  # of the MTP loss, with model.mtp_depth=1
+  c.grpo.routing_replay = False  # the update uses the experts the sampler chose
+  c.grpo.traced_groups = 2  # groups whose tokens are kept for the report
+  c.objective = objective_options()
   c.optimizer = ConfigDict()
   c.optimizer.learning_rate = 2e-4
   c.optimizer.schedule = "cosine"  # to a tenth; not stated in the paper
@@ -133,6 +142,15 @@ def tiny() -> ConfigDict:
   c.eval.every = 20  # updates
   c.checkpoint_every = 20  # updates of RL; pre-training saves at thirds
   return c
+
+
+def objective_options() -> ConfigDict:
+  """The objective: a preset (r1jax/presets.py), and choices that differ from it."""
+  o = ConfigDict()
+  o.preset = "paper"  # R1's: clip 10, KL 0.001, k3, means over tokens, then outputs
+  for choice in dataclasses.fields(Objective):  # explained in r1jax/objective.py
+    o[choice.name] = placeholder(choice.type)  # None keeps the preset's
+  return o
 
 
 def puzzle(c: ConfigDict) -> None:
@@ -175,8 +193,9 @@ def paper(c: ConfigDict) -> None:
   c.grpo.minibatches = 16  # P2 2.1: 8,192 outputs in 16 minibatches, one inner epoch
   c.grpo.micro_batches = 4  # ours: 128 outputs a part
   c.grpo.temperature = 1.0  # P2 2.1
-  c.grpo.clip_eps = 10.0  # P2 3.2.1, stated for R1's first RL stage; assumed for Zero
-  c.grpo.kl_coef = 0.001  # P2 2.1
+  # P2 3.2.1: clip 10, stated for R1's first RL stage, assumed for Zero.
+  # P2 2.1: KL coefficient 0.001.
+  c.objective.preset = "paper"
   c.grpo.reference_refresh = 400  # P2 2.1: the reference becomes the policy
   c.grpo.router_bias_rate = 0.001  # V3 4.2 (pre-training); not stated for RL
   c.optimizer.learning_rate = 3e-6  # P2 2.1

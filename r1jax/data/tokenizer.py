@@ -82,6 +82,10 @@ class Tokenizer:
     """Text; padding, BOS and EOS vanish."""
     return self._sp.decode([int(i) for i in ids])
 
+  def piece(self, token: int) -> str:
+    """The name of a token, also where it has no text, such as `</s>`."""
+    return self._sp.id_to_piece(token)
+
   def id(self, piece: str) -> int:
     """The id of a symbol such as `<think>`."""
     return self._sp.piece_to_id(piece)

@@ -7,12 +7,23 @@ experts, never weighs them, gets no gradient, and `balance` moves it after each 
 from typing import Any
 
 from flax import linen as nn
+from flax import struct
 import jax
 import jax.numpy as jnp
 
 from r1jax import ops
 from r1jax.models.config import PolicyConfig
 from r1jax.models.layers import SwiGLU, weight
+
+
+@struct.dataclass
+class Routing:
+  """What an MoE layer did with its tokens (a scanned stack has a leading axis N)."""
+
+  load: jax.Array  # E float32, counted tokens that each expert served
+  balance: jax.Array  # B float32, the sequence-wise balance loss of each row
+  # B T A int32, the router's present choice, in order of rank; not what was replayed
+  experts: jax.Array
 
 
 def choose_experts(
@@ -40,10 +51,44 @@ def choose_experts(
     # s + b < 0 would lose to. DeepSeek's own code uses -inf.
     choice = jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
   _, experts = jax.lax.top_k(choice, c.active_experts)
+  return experts, gate_values(scores, experts, c)
+
+
+def gate_values(
+  scores: jax.Array, experts: jax.Array, config: PolicyConfig
+) -> jax.Array:
+  """g = s / sum(s) * scale over the chosen experts [M, A], with the gradient of s."""
   gates = jnp.take_along_axis(scores, experts, axis=-1)
-  if c.renormalise:
+  if config.renormalise:
     gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
-  return experts, gates * c.route_scale
+  return gates * config.route_scale
+
+
+def sequence_balance(
+  scores: jax.Array, counted: jax.Array, config: PolicyConfig
+) -> jax.Array:
+  """The sequence-wise balance loss, without its alpha (DeepSeek-V3 report, Eq. 17-20).
+
+    sum_i f_i P_i,   f_i = E / (A T) #{t : i among the A highest s_t},
+    P_i = 1/T sum_t s_it / sum_j s_jt
+
+  1 when every expert serves as many tokens. f is taken on s, without bias and groups.
+
+  Args:
+    scores: [B, T, E] float32.
+    counted: [B, T] bool, the row's real tokens.
+
+  Returns:
+    [B] float32, 0 for a row without tokens.
+  """
+  c, keep = config, counted[:, :, None]
+  tokens = jnp.maximum(counted.sum(axis=1), 1)[:, None].astype(jnp.float32)
+  _, best = jax.lax.top_k(jax.lax.stop_gradient(scores), c.active_experts)
+  chosen = jax.nn.one_hot(best, c.experts, dtype=jnp.float32).sum(axis=2)  # B T E
+  frequency = (chosen * keep).sum(axis=1) * (c.experts / c.active_experts) / tokens
+  share = scores / scores.sum(axis=-1, keepdims=True)
+  probability = (share * keep).sum(axis=1) / tokens
+  return (frequency * probability).sum(axis=-1)
 
 
 class MoE(nn.Module):
@@ -53,14 +98,17 @@ class MoE(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, counted: jax.Array | None
-  ) -> tuple[jax.Array, jax.Array]:
+    self, x: jax.Array, counted: jax.Array | None, replay: jax.Array | None = None
+  ) -> tuple[jax.Array, Routing]:
     """Args:
       x: [B, T, D].
-      counted: [B, T] bool, the tokens whose choices enter the load (None: all).
+      counted: [B, T] bool, the tokens whose choices enter load and balance (None: all).
+      replay: [B, T, A] integer experts to use instead of the router's choice; their
+        gate values still come from the present scores, so the router gets a gradient
+        (Keep Routing, arXiv 2512.02556; R3, arXiv 2510.11370). None: the router's own.
 
     Returns:
-      ([B, T, D] output, [E] float32 number of counted tokens each expert served).
+      ([B, T, D] output, Routing).
     """
     c, (d, f, e) = (
       self.config,
@@ -80,7 +128,11 @@ class MoE(nn.Module):
 
     flat = x.reshape(-1, d)
     scores = jax.nn.sigmoid(flat.astype(jnp.float32) @ w_router)
-    experts, gates = choose_experts(scores, bias, c)
+    own, gates = choose_experts(scores, bias, c)
+    experts = own
+    if replay is not None:
+      experts = replay.reshape(own.shape).astype(own.dtype)
+      gates = gate_values(scores, experts, c)
     chosen = jax.nn.one_hot(experts, e, dtype=jnp.float32)  # M A E
     kept = chosen if counted is None else chosen * counted.reshape(-1, 1, 1)
     load = jax.lax.stop_gradient(kept.sum(axis=(0, 1)))
@@ -94,7 +146,16 @@ class MoE(nn.Module):
     shared = (
       SwiGLU(c, c.shared_experts * f, name="shared")(flat) if c.shared_experts else 0.0
     )
-    return (routed + shared).reshape(x.shape), load
+    routing = Routing(
+      load=load,
+      balance=sequence_balance(
+        scores.reshape(*x.shape[:2], e),
+        jnp.ones(x.shape[:2], bool) if counted is None else counted,
+        c,
+      ),
+      experts=own.reshape(*x.shape[:2], -1),
+    )
+    return (routed + shared).reshape(x.shape), routing
 
 
 def _every_expert(x, gates, w_gate, w_up, w_down):
@@ -121,6 +182,30 @@ def _sorted_tokens(x, experts, gates, w_gate, w_up, w_down):
   out = ops.grouped_matmul(hidden, w_down, sizes)
   out = out * gates.reshape(-1)[order].astype(x.dtype)[:, None]
   return jnp.zeros_like(x).at[order // active].add(out)
+
+
+def changed(experts: jax.Array, recorded: jax.Array) -> jax.Array:
+  """Whether any layer of a token chose another set of experts.
+
+  Args:
+    experts: [N, M, S, A] integers.
+    recorded: the same shape.
+
+  Returns:
+    [M, S] bool; the order of the A experts does not matter.
+  """
+  same = jnp.sort(experts, axis=-1) == jnp.sort(recorded, axis=-1).astype(experts.dtype)
+  return ~same.all(axis=(0, 3))
+
+
+def load_imbalance(load: dict) -> jax.Array:
+  """Busiest expert's load over the mean, averaged over layers; 1 is perfect balance."""
+  if not load:
+    return jnp.ones(())
+  layers = jnp.concatenate(
+    [x.reshape(-1, x.shape[-1]) for x in jax.tree.leaves(load)], axis=0
+  )
+  return jnp.mean(layers.max(axis=-1) / jnp.maximum(layers.mean(axis=-1), 1e-6))
 
 
 def balance(router: Any, load: Any, rate: float) -> Any:

@@ -22,6 +22,8 @@ class Forward:
   trunk: jax.Array  # B T D, before it (the MTP module's input)
   cache: jax.Array  # N B T C+R
   load: dict  # {stack of MoE layers: [layers, E] float32}
+  balance: jax.Array  # B float32, the sequence-wise balance loss, summed over layers
+  experts: jax.Array | None  # N B T A int32, the router's choice in the N MoE layers
 
 
 class Block(nn.Module):
@@ -31,15 +33,16 @@ class Block(nn.Module):
   moe: bool
 
   @nn.compact
-  def __call__(self, carry, prefix, layer, at):
+  def __call__(self, carry, prefix, layer, replay, at):
     """Args:
       carry: (x, suffix): suffix [N, B, G, S, C + R] is None for a whole sequence.
       prefix: this layer's prompt cache [B, P, C + R], None for a whole sequence.
       layer: [] int32, the layer's number.
+      replay: this layer's experts to use [B, T, A], None for the router's choice.
       at: a Sequence or a DecodeStep.
 
     Returns:
-      ((x, suffix), (cache entries or None, load or None)).
+      ((x, suffix), (cache entries or None, moe.Routing or None)).
     """
     c = self.config
     x, suffix = carry
@@ -53,14 +56,14 @@ class Block(nn.Module):
         entries = None
     x = sharding.shard_batch(x + h)
     h = RMSNorm(c.norm_eps, name="ffn_norm")(x)
-    load = None
+    routing = None
     with jax.named_scope("ffn"):
       if self.moe:
         counted = at.segments > 0 if isinstance(at, Sequence) else None
-        h, load = MoE(c, name="moe")(h, counted)
+        h, routing = MoE(c, name="moe")(h, counted, replay)
       else:
         h = SwiGLU(c, c.dense_ffn, name="ffn")(h)
-    return (sharding.shard_batch(x + h), suffix), (entries, load)
+    return (sharding.shard_batch(x + h), suffix), (entries, routing)
 
 
 def _stack(config: PolicyConfig, moe: bool, length: int) -> nn.Module:
@@ -69,7 +72,7 @@ def _stack(config: PolicyConfig, moe: bool, length: int) -> nn.Module:
     block,
     variable_axes={"params": 0, "router": 0},
     split_rngs={"params": True},
-    in_axes=(0, 0, nn.broadcast),
+    in_axes=(0, 0, 0, nn.broadcast),
     length=length,
     metadata_params={nn.PARTITION_NAME: "layers"},
   )(config, moe)
@@ -117,37 +120,50 @@ class Policy(nn.Module):
       self.embedding.astype(self.config.compute_dtype)[tokens]
     )
 
-  def _layers(self, carry, prefix, at):
-    """Runs both stacks; returns (carry, cache entries, load by stack)."""
-    start, caches, load = 0, [], {}
+  def _layers(self, carry, prefix, replay, at):
+    """Runs both stacks; returns (carry, cache entries, {MoE stack: moe.Routing})."""
+    start, caches, routing = 0, [], {}
     for name in ("dense_layers", "moe_layers"):
       n = getattr(self.config, name)
       if not n:
         continue
       part = None if prefix is None else prefix[start : start + n]
       layer = jnp.arange(start, start + n)
-      carry, (entries, served) = getattr(self, name)(carry, part, layer, at)
+      chosen = replay if name == "moe_layers" else None
+      carry, (entries, routed) = getattr(self, name)(carry, part, layer, chosen, at)
       caches.append(entries)
-      if served is not None:
-        load[name] = served
+      if routed is not None:
+        routing[name] = routed
       start += n
-    return carry, caches, load
+    return carry, caches, routing
 
-  def __call__(self, tokens: jax.Array, seq: Sequence) -> Forward:
-    """Whole sequences. Args: tokens [B, T] int32 and where they stand."""
-    (trunk, _), caches, load = self._layers((self._embed(tokens), None), None, seq)
+  def __call__(
+    self, tokens: jax.Array, seq: Sequence, replay: jax.Array | None = None
+  ) -> Forward:
+    """Whole sequences.
+
+    Args:
+      tokens: [B, T] int32.
+      seq: where they stand.
+      replay: [N, B, T, A] experts for the N MoE layers instead of the router's choice.
+    """
+    carry = self._embed(tokens), None
+    (trunk, _), caches, routing = self._layers(carry, None, replay, seq)
     if self.is_initializing() and self.config.mtp_depth:
       self.mtp(trunk, tokens, seq)
+    moe = routing.get("moe_layers")
     return Forward(
       hidden=self.final_norm(trunk),
       trunk=trunk,
       cache=jnp.concatenate(caches, axis=0),
-      load=load,
+      load={name: r.load for name, r in routing.items()},
+      balance=jnp.zeros(tokens.shape[0]) if moe is None else moe.balance.sum(axis=0),
+      experts=None if moe is None else moe.experts,
     )
 
   def decode(
     self, tokens: jax.Array, at: DecodeStep, prefix: jax.Array, suffix: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
+  ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """One token a row.
 
     Args:
@@ -157,10 +173,14 @@ class Policy(nn.Module):
       suffix: [N, B, G, S, C + R], the rows' own cache.
 
     Returns:
-      (hidden [B, G, D], suffix with the tokens' entries written at `at.slot`).
+      (hidden [B, G, D], suffix with the tokens' entries written at `at.slot`, experts
+      of the MoE layers [N, B, G, A] or None).
     """
-    (x, suffix), _, _ = self._layers((self._embed(tokens), suffix), prefix, at)
-    return self.final_norm(x), suffix
+    (x, suffix), _, routing = self._layers(
+      (self._embed(tokens), suffix), prefix, None, at
+    )
+    moe = routing.get("moe_layers")
+    return self.final_norm(x), suffix, None if moe is None else moe.experts
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[..., D] -> [..., V] float32."""
@@ -193,8 +213,9 @@ class Policy(nn.Module):
       self.mtp_hidden_norm(trunk),
     ]
     x = jnp.concatenate(both, axis=-1) @ self.mtp_projection.astype(trunk.dtype)
-    (x, _), (_, load) = self.mtp_layer((x, None), None, jnp.zeros((), jnp.int32), seq)
-    return self.mtp_norm(x), {"mtp_layer": load}
+    layer = jnp.zeros((), jnp.int32)
+    (x, _), (_, routing) = self.mtp_layer((x, None), None, layer, None, seq)
+    return self.mtp_norm(x), {"mtp_layer": routing.load}
 
 
 def init(policy: Policy, key: jax.Array) -> tuple[dict, dict]:

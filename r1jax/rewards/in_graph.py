@@ -1,4 +1,4 @@
-"""The twins of accuracy.py and format.py that run inside the compiled step, on tokens.
+"""The twins of accuracy.py, format.py and length.py that run inside the compiled step.
 
 Differs from the host rules, which read text: a tag counts only as its own token, not
 spelled out in characters; white space is what the tokenizer holds as pieces of it; an
@@ -10,11 +10,38 @@ from collections.abc import Callable
 import dataclasses
 from typing import Any
 
+from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from r1jax.data.tokenizer import Tokenizer
+
+
+@struct.dataclass
+class Rewards:
+  """What a reward function says of a rollout: total = sum of weights * parts."""
+
+  total: jax.Array  # B G float32
+  parts: dict[str, jax.Array]  # B G float32 each, without their weights
+  weights: tuple[tuple[str, float], ...] = struct.field(pytree_node=False)
+
+  @classmethod
+  def of(cls, **weighted: tuple[float, jax.Array]) -> "Rewards":
+    """From name=(weight, part [B, G])."""
+    return cls(
+      total=sum(w * x for w, x in weighted.values()),
+      parts={name: x for name, (_, x) in weighted.items()},
+      weights=tuple((name, float(w)) for name, (w, _) in weighted.items()),
+    )
+
+  def plus(self, name: str, part: jax.Array) -> "Rewards":
+    """With one more part, of weight 1."""
+    return Rewards(
+      total=self.total + part,
+      parts={**self.parts, name: part},
+      weights=(*self.weights, (name, 1.0)),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,21 +134,28 @@ def format_reward(
   return (once & ordered & filled & ~outside).astype(jnp.float32)
 
 
+def overlong(
+  lengths: jax.Array, *, window: int, buffer: int, penalty: float
+) -> jax.Array:
+  """The soft penalty of length.py, in tokens. Args: lengths [B, G] int32."""
+  over = lengths.astype(jnp.float32) - (window - buffer)
+  return -penalty * jnp.clip(over / buffer, 0.0, 1.0)
+
+
 def rule_reward(
   tags: TagTable, *, accuracy_weight: float, format_weight: float, prefill_think: bool
-) -> Callable[[Any, Any], dict]:
+) -> Callable[[Any, Any], Rewards]:
   """R_rule = w_acc R_acc + w_format R_format (R1, Eq. 4: both weights 1).
 
   Returns:
-    A function (PromptBatch, Rollout) -> {"reward", "accuracy", "format"}, each [B, G].
+    A function (PromptBatch, Rollout) -> Rewards with the parts accuracy and format.
   """
 
-  def reward(prompts: Any, rollout: Any) -> dict:
+  def reward(prompts: Any, rollout: Any) -> Rewards:
     acc = accuracy(rollout.tokens, rollout.mask, prompts.answers, tags)
     form = format_reward(
       rollout.tokens, rollout.mask, tags, prefill_think=prefill_think
     )
-    total = accuracy_weight * acc + format_weight * form
-    return {"reward": total, "accuracy": acc, "format": form}
+    return Rewards.of(accuracy=(accuracy_weight, acc), format=(format_weight, form))
 
   return reward

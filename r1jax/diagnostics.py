@@ -1,0 +1,86 @@
+"""What a researcher looks at after every step: extremes, percentiles, single tokens."""
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from r1jax.dynamic_sampling import Slots
+from r1jax.experience import Rows
+from r1jax.rewards.in_graph import Rewards
+
+
+@struct.dataclass
+class Trace:
+  """Every token of a few groups, as the update that trained on it saw it."""
+
+  tokens: jax.Array  # M T int32
+  mask: jax.Array  # M T bool, the tokens with a loss
+  logprobs: jax.Array  # M T float32, of the policy being trained
+  old_logprobs: jax.Array  # M T float32; the ratio is exp(logprobs - old_logprobs)
+  advantages: jax.Array  # M T float32
+  clipped: jax.Array  # M T int8: 0 not, 1 low, 2 high, 3 cap
+  place: jax.Array  # M int32, b * G + g
+
+
+def trace(rows: Rows, per_token: dict, count: int) -> Trace:
+  """The first `count` outputs of the rollout, out of the shuffled minibatches.
+
+  Args:
+    rows: with leading axes [K, M].
+    per_token: `logprobs` and `clipped` [K, M, T], from the updates.
+    count: outputs to keep.
+  """
+  order = jnp.argsort(rows.place.reshape(-1))[:count]
+
+  def pick(x):
+    return x.reshape(-1, *x.shape[2:])[order]
+
+  return Trace(
+    tokens=pick(rows.completions),
+    mask=pick(rows.mask),
+    logprobs=pick(per_token["logprobs"]),
+    old_logprobs=pick(rows.old_logprobs),
+    advantages=pick(rows.advantages),
+    clipped=pick(per_token["clipped"]),
+    place=pick(rows.place),
+  )
+
+
+def of_batch(slots: Slots, rewards: Rewards, advantages: jax.Array) -> dict:
+  """Percentiles and extremes of the groups that are trained on; the means over all that
+  were sampled; what dynamic sampling left out.
+
+  Args:
+    slots: the groups.
+    rewards: after shaping.
+    advantages: [B * G, T].
+  """
+  filled = slots.filled[:, None]
+  mask = (slots.rollout.mask & filled[:, :, None]).reshape(advantages.shape)
+  found = dict(slots.figures)
+  for name, x in (("length", slots.rollout.lengths), ("reward", rewards.total)):
+    kept = jnp.where(filled, x.astype(jnp.float32), jnp.nan)
+    for percent in (10, 50, 90):
+      found[f"{name}_p{percent}"] = jnp.nanpercentile(kept, percent)
+  found["advantage_max"] = jnp.max(jnp.where(mask, advantages, -jnp.inf))
+  found["advantage_min"] = jnp.min(jnp.where(mask, advantages, jnp.inf))
+  for name in rewards.parts.keys() - slots.rewards.parts.keys():  # what shaping added
+    found[name] = jnp.nanmean(jnp.where(filled, rewards.parts[name], jnp.nan))
+  found["groups_empty"] = (~slots.filled).sum()
+  for name in ("waves", "dropped", "surplus"):
+    key = name if name == "waves" else f"groups_{name}"
+    found[key] = getattr(slots, name)
+  return {name: jnp.asarray(x, jnp.float32) for name, x in found.items()}
+
+
+def over_updates(per_update: dict) -> dict:
+  """A rollout's figures from its K updates': means, except that maxima stay maxima and
+  what compares sampler and trainer is read before the first update."""
+  return {
+    name: x[0]
+    if name.startswith("sampler_")
+    else x.max()
+    if name.endswith("_max")
+    else x.mean()
+    for name, x in per_update.items()
+  }

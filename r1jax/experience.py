@@ -1,0 +1,271 @@
+"""What a step learns from: sampled outputs as training rows, seen by every policy that
+the loss compares."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from r1jax import sharding
+from r1jax import support as supports
+from r1jax.dynamic_sampling import Slots
+from r1jax.errors import UserError
+from r1jax.models.mla import Sequence
+from r1jax.models.policy import Forward, Policy, token_logprobs
+from r1jax.objective import Objective
+from r1jax.rewards import in_graph
+from r1jax.rewards.in_graph import Rewards
+from r1jax.train_state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+  """What GRPO's and PPO's steps share; the sources of the defaults, R1-Zero's, stand in
+  experiments/configs/r1_zero.py."""
+
+  group_size: int = 16  # G
+  minibatches: int = 16  # K updates a rollout, each output in one of them
+  micro_batches: int = 1  # parts of a minibatch whose gradients are summed
+  max_tokens: int = 32_768  # T
+  temperature: float = 1.0
+  top_k: int = 0  # sample from the k most likely tokens; 0: from all
+  top_p: float = 1.0  # sample from the nucleus of this probability; 1: from all
+  keep_sampling_mask: bool = True  # the ratio is taken over the sampled support
+  reference_refresh: int = 400  # updates; 0 never
+  router_bias_rate: float = 0.001  # of the aux-loss-free balance
+  freeze_router_bias: bool = False
+  balance_coef: float = 0.0  # alpha of the sequence-wise balance loss
+  mtp_coef: float = 0.0  # of the MTP loss; it trains the MTP module alone
+  routing_replay: bool = False  # the update uses the experts that the sampler chose
+  traced_groups: int = 2  # groups whose tokens are kept for the report
+  objective: Objective = dataclasses.field(default_factory=Objective)
+
+  def __post_init__(self):
+    """Raises UserError: what came, the rule and the remedy."""
+    if min(self.minibatches, self.micro_batches, self.max_tokens) < 1:
+      raise UserError(
+        "config.grpo: grpo.minibatches, grpo.micro_batches and max_tokens must be at"
+        f" least 1, got {self.minibatches}, {self.micro_batches}, {self.max_tokens}."
+      )
+    if self.reference_refresh % self.minibatches:
+      raise UserError(
+        f"config.grpo.reference_refresh={self.reference_refresh} must be a multiple of"
+        f" minibatches={self.minibatches}: the reference is refreshed between rollouts."
+      )
+    if not self.temperature > 0:
+      raise UserError(
+        f"config.grpo.temperature={self.temperature} must be above 0; a group of greedy"
+        " outputs is one output G times."
+      )
+    supports.check(self.top_k, self.top_p)
+    if supports.truncates(self.top_k, self.top_p) and not self.keep_sampling_mask:
+      raise UserError(
+        f"config.grpo.keep_sampling_mask=False with top_k={self.top_k},"
+        f" top_p={self.top_p}: probabilities over the whole vocabulary are not those"
+        " that were sampled from, so every ratio would be wrong. Keep the mask, or"
+        " sample with top_k=0 and top_p=1."
+      )
+    overlong_tokens(self.objective, self.max_tokens)
+
+  @property
+  def bias_rate(self) -> float:
+    return 0.0 if self.freeze_router_bias else self.router_bias_rate
+
+
+@struct.dataclass
+class Rows:
+  """Outputs as training rows: a left-padded prompt, then a right-padded completion."""
+
+  prompts: jax.Array  # M P int32
+  prompt_mask: jax.Array  # M P bool
+  completions: jax.Array  # M T int32
+  completion_mask: jax.Array  # M T bool, through the stop token
+  in_loss: jax.Array  # M bool, outputs that have a loss
+  in_mean: jax.Array  # M bool, outputs that count in means over outputs
+  sampler_logprobs: jax.Array  # M T float32
+  old_logprobs: jax.Array  # M T float32, the denominator of the ratio
+  reference_logprobs: jax.Array  # M T float32
+  advantages: jax.Array  # M T float32
+  place: jax.Array  # M int32, where the row stood in the rollout, b * G + g
+  experts: jax.Array | None = None  # M N P+T A, the sampler's
+  support: jax.Array | None = None  # M T V/8 uint8, what could be sampled
+
+  @property
+  def mask(self) -> jax.Array:  # M T bool, the tokens with a loss
+    return self.completion_mask & self.in_loss[..., None]
+
+
+def sequences(rows: Rows) -> tuple[jax.Array, Sequence]:
+  """Prompt and completion as one row of tokens [M, P + T], and where they stand."""
+  tokens = jnp.concatenate([rows.prompts, rows.completions], axis=1)
+  mask = jnp.concatenate([rows.prompt_mask, rows.completion_mask], axis=1)
+  return sharding.shard_batch(tokens), Sequence.of_mask(mask)
+
+
+def completion_logprobs(
+  policy: Policy,
+  params: Any,
+  router: Any,
+  rows: Rows,
+  temperature: float,
+  *,
+  replay: bool = False,
+) -> tuple[jax.Array, Forward]:
+  """Log-probabilities of the completions, teacher-forced, of the distribution that the
+  sampler drew from: at its temperature and over its support.
+
+  Args:
+    policy, params, router: the network.
+    rows: M rows.
+    temperature: divides the logits.
+    replay: use the experts that the sampler chose.
+
+  Returns:
+    ([M, T] float32, the forward pass); only real tokens are counted in its load.
+  """
+  length = rows.prompts.shape[1]
+  tokens, seq = sequences(rows)
+  experts = rows.experts.swapaxes(0, 1) if replay and rows.experts is not None else None
+  variables = {"params": params, "router": router}
+  out = policy.apply(variables, tokens, seq, experts)
+  hidden = out.hidden[:, length - 1 : -1]
+  logits = policy.apply(variables, hidden, method="logits") / temperature
+  logits = supports.restrict(logits, rows.support)
+  return token_logprobs(logits, rows.completions), out
+
+
+def rows_of(slots: Slots, o: Objective) -> Rows:
+  """The outputs of the slots, one a row, in their order; advantages are still 0."""
+  rollout, prompts = slots.rollout, slots.prompts
+  b, g, t = rollout.tokens.shape
+
+  def of_outputs(x):
+    return x.reshape(b * g, *x.shape[2:])
+
+  def of_prompts(x):
+    return jnp.repeat(x, g, axis=0)
+
+  experts = None
+  if rollout.experts is not None:
+    both = [of_prompts(rollout.prompt_experts), of_outputs(rollout.experts)]
+    experts = jnp.concatenate(both, axis=2)
+  filled = of_prompts(slots.filled)
+  in_loss = filled & of_outputs(rollout.ended) if o.truncated == "mask" else filled
+  logprobs = of_outputs(rollout.logprobs)
+  return Rows(
+    prompts=of_prompts(prompts.tokens),
+    prompt_mask=of_prompts(prompts.mask),
+    completions=of_outputs(rollout.tokens),
+    completion_mask=of_outputs(rollout.mask),
+    in_loss=in_loss,
+    in_mean=in_loss if o.masked_rows == "drop" else filled,
+    sampler_logprobs=logprobs,
+    old_logprobs=logprobs,
+    reference_logprobs=jnp.zeros((b * g, t), jnp.float32),
+    advantages=jnp.zeros((b * g, t), jnp.float32),
+    place=jnp.arange(b * g, dtype=jnp.int32),
+    experts=experts,
+    support=None if rollout.support is None else of_outputs(rollout.support),
+  )
+
+
+def by_parts(function: Callable[[Rows], Any], rows: Rows, parts: int) -> Any:
+  """function(rows), a part at a time; part i takes rows i, i + parts, ..."""
+
+  def cut(x):
+    return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+  def join(x):
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+  return jax.tree.map(join, jax.lax.map(function, jax.tree.map(cut, rows)))
+
+
+def recall(rows: Rows, state: TrainState, policy: Policy, config: StepConfig) -> Rows:
+  """Fills in what the reference and, if asked, the trainer's own pass say of the rows.
+
+  Raises:
+    UserError: a KL term without a reference.
+  """
+  c, o = config, config.objective
+  parts = c.minibatches * c.micro_batches
+
+  def logprobs(params, router, replay):
+    return by_parts(
+      lambda part: completion_logprobs(
+        policy, params, router, part, c.temperature, replay=replay
+      )[0],
+      rows,
+      parts,
+    )
+
+  if o.old_logprobs == "trainer":
+    with jax.named_scope("old"):
+      old = logprobs(state.params, state.router, c.routing_replay)
+    rows = rows.replace(old_logprobs=old)
+  if o.needs_reference:
+    if state.reference is None:
+      raise UserError(
+        f"config.objective.kl_coef={o.kl_coef} needs a reference and the state has"
+        " none. Make it with reference=True, or set kl_coef=0."
+      )
+    with jax.named_scope("reference"):
+      reference = logprobs(state.reference.params, state.reference.router, False)
+    rows = rows.replace(reference_logprobs=reference)
+  return rows
+
+
+def shaped(slots: Slots, rows: Rows, o: Objective, window: int) -> Rewards:
+  """The rule's rewards with what the objective adds: the overlong penalty, the price of
+  a truncated output, and a KL in the reward, each a part of weight 1.
+
+  Args:
+    slots: the groups.
+    rows: their rows in the same order, after `recall`.
+    o: the choices.
+    window: output tokens.
+  """
+  rewards, rollout = slots.rewards, slots.rollout
+  if o.overlong_buffer:
+    buffer = overlong_tokens(o, window)
+    penalty = in_graph.overlong(
+      rollout.lengths, window=window, buffer=buffer, penalty=o.overlong_penalty
+    )
+    rewards = rewards.plus("overlong", penalty)
+  if o.truncated == "penalise":
+    price = jnp.where(rollout.ended, 0.0, -o.truncation_penalty)
+    rewards = rewards.plus("truncation", price)
+  if o.kl_coef and o.kl == "k1-in-reward" and o.advantage != "gae":
+    kl = token_kl(rows).sum(axis=1).reshape(rewards.total.shape)
+    rewards = rewards.plus("kl_in_reward", -o.kl_coef * kl)
+  return rewards
+
+
+def token_kl(rows: Rows) -> jax.Array:
+  """k1 a token, log pi_old - log pi_reference, [M, T]; 0 where there is no token."""
+  return jnp.where(rows.mask, rows.old_logprobs - rows.reference_logprobs, 0.0)
+
+
+def overlong_tokens(o: Objective, window: int) -> int:
+  """The overlong buffer in tokens.
+
+  Raises:
+    UserError: it does not fit the window.
+  """
+  buffer = o.overlong_buffer
+  tokens = round(buffer * window) if 0 < buffer < 1 else int(buffer)
+  if o.overlong_buffer and not 1 <= tokens <= window:
+    raise UserError(
+      f"config.objective.overlong_buffer={buffer} is {tokens} tokens and must lie in"
+      f" 1..{window}, the window; a number below 1 is a share of it (DAPO: 0.2)."
+    )
+  return tokens
+
+
+def shuffled(rows: Any, key: jax.Array, minibatches: int) -> Any:
+  """Arrays with a first axis of M rows, in a random order, as [K, M / K, ...]."""
+  order = jax.random.permutation(key, jax.tree.leaves(rows)[0].shape[0])
+  return jax.tree.map(lambda x: x[order].reshape(minibatches, -1, *x.shape[1:]), rows)

@@ -1,0 +1,80 @@
+"""What a V3-type policy adds to an RL update: the balance of its experts, its MTP head,
+and how far its routing has moved from the sampler's."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from r1jax.experience import Rows, sequences
+from r1jax.models import moe
+from r1jax.models.policy import Forward, Policy, token_logprobs
+
+
+def auxiliary_losses(
+  policy: Policy,
+  params: Any,
+  router: Any,
+  rows: Rows,
+  out: Forward,
+  *,
+  batch: Rows,
+  balance_coef: float,
+  mtp_coef: float,
+) -> tuple[jax.Array, dict, dict]:
+  """Losses beside the policy's, of a part of a minibatch.
+
+    balance_coef * mean over outputs of sum over layers of sum_i f_i P_i
+    mtp_coef * mean over tokens of -log P_mtp(token)
+
+  Args:
+    policy, params, router: the network.
+    rows: the part.
+    out: its forward pass.
+    batch: the whole minibatch, for the divisors.
+    balance_coef: alpha of DeepSeek-V3's sequence-wise balance loss (report, Eq. 17).
+    mtp_coef: lambda of the MTP loss; see `mtp_nll`.
+
+  Returns:
+    (loss, metrics, load by stack): loss and metrics are shares of the minibatch's.
+  """
+  loss, metrics, load = jnp.zeros(()), {}, out.load
+  if out.experts is not None:
+    metrics["balance_loss"] = out.balance.sum() / batch.place.shape[0]
+    loss = loss + balance_coef * metrics["balance_loss"]
+  if rows.experts is not None:
+    moved = moe.changed(out.experts, rows.experts.swapaxes(0, 1))
+    real = jnp.concatenate([rows.prompt_mask, rows.completion_mask], axis=1)
+    total = batch.prompt_mask.sum() + batch.completion_mask.sum()
+    metrics["experts_changed"] = (moved & real).sum() / total
+  if mtp_coef:
+    nll, mtp_load = mtp_nll(policy, params, router, rows, out)
+    metrics["mtp_nll"] = nll / jnp.maximum(batch.mask.sum(), 1)
+    loss = loss + mtp_coef * metrics["mtp_nll"]
+    load = {**load, **mtp_load}
+  return loss, jax.lax.stop_gradient(metrics), load
+
+
+def mtp_nll(
+  policy: Policy, params: Any, router: Any, rows: Rows, out: Forward
+) -> tuple[jax.Array, dict]:
+  """The MTP module's summed -log P(token) over the completions' tokens, and its load.
+
+  Only the module's own weights get a gradient: trunk, embedding and head belong to the
+  policy gradient. So the module follows the policy as its draft head and does not pull
+  the policy towards its own samples.
+  """
+  tokens, seq = sequences(rows)
+  own = {
+    name: x if name.startswith("mtp") else jax.lax.stop_gradient(x)
+    for name, x in params.items()
+  }
+  variables = {"params": own, "router": router}
+  trunk = jax.lax.stop_gradient(out.trunk)
+  hidden, load = policy.apply(variables, trunk, tokens, seq, method="mtp")
+  # Position i predicts token i + 2; the first P + T - 2 positions have such a token.
+  logits = policy.apply(variables, hidden[:, :-2], method="logits")
+  logprobs = token_logprobs(logits, tokens[:, 2:])
+  targets = jnp.concatenate([jnp.zeros_like(rows.prompt_mask), rows.mask], axis=1)
+  seen = (seq.segments[:, :-2] > 0) & targets[:, 2:]
+  return -jnp.where(seen, logprobs, 0.0).sum(), load
