@@ -96,6 +96,39 @@ def use_compilation_cache(folder: str) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+def launch(
+  name: str,
+  get_config: Callable[[str], ConfigDict],
+  config: ConfigDict,
+  workdir: str,
+  started: float,
+) -> None:
+  """One run, or config.seeds of them; a changed config gets a folder of its own.
+
+  Args:
+    name: of the module in experiments/, which names the folder.
+    get_config: its presets.
+    config: as parsed.
+    workdir: the run's folder; "": under runs/.
+    started: `time.monotonic()` of the process's first line.
+  """
+  from r1jax import loop, settings
+
+  preset = get_config(config.preset)
+  changed = settings.differences(settings.plain(preset), settings.plain(config))
+  kind = settings.sha256(config)[:8] if any("seed:" not in c for c in changed) else ""
+  folder = "-".join(filter(None, [name, config.preset, kind]))
+  if config.seeds > 1:
+    path = pathlib.Path(workdir or f"runs/{folder}-seeds").resolve()
+    over_seeds(f"experiments.{name}", config, path)
+    return
+  from r1jax.progress import Clock
+
+  use_compilation_cache(config.compilation_cache)
+  path = pathlib.Path(workdir or f"runs/{folder}-seed{config.seed}").resolve()
+  loop.run(config, path, Clock(started))
+
+
 def over_seeds(module: str, config: ConfigDict, workdir: pathlib.Path) -> None:
   """Runs config.seeds consecutive seeds, one process each, and prints their table.
 

@@ -25,22 +25,7 @@ CONFIG = pathlib.Path(__file__).parent / "configs" / "r1_zero.py"
 
 
 def main(config: ConfigDict, workdir: str) -> None:
-  from r1jax import loop, settings
-
-  # A changed config gets a folder of its own.
-  preset = get_config(config.preset)
-  changed = settings.differences(settings.plain(preset), settings.plain(config))
-  kind = settings.sha256(config)[:8] if any("seed:" not in c for c in changed) else ""
-  name = "-".join(filter(None, ["r1_zero", config.preset, kind]))
-  if config.seeds > 1:
-    folder = pathlib.Path(workdir or f"runs/{name}-seeds").resolve()
-    command.over_seeds("experiments.r1_zero", config, folder)
-    return
-  from r1jax.progress import Clock
-
-  command.use_compilation_cache(config.compilation_cache)
-  folder = pathlib.Path(workdir or f"runs/{name}-seed{config.seed}").resolve()
-  loop.run(config, folder, Clock(STARTED))
+  command.launch("r1_zero", get_config, config, workdir, STARTED)
 
 
 if __name__ == "__main__":
