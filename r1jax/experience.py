@@ -16,8 +16,10 @@ from r1jax.errors import UserError
 from r1jax.models.mla import Sequence
 from r1jax.models.policy import Forward, Policy, token_logprobs
 from r1jax.objective import Objective
+from r1jax.prompts import PromptBatch
 from r1jax.rewards import in_graph
 from r1jax.rewards.in_graph import Rewards
+from r1jax.rollout import Rollout
 from r1jax.train_state import TrainState
 
 
@@ -137,9 +139,13 @@ def completion_logprobs(
   return token_logprobs(logits, rows.completions), out
 
 
-def rows_of(slots: Slots, o: Objective) -> Rows:
-  """The outputs of the slots, one a row, in their order; advantages are still 0."""
-  rollout, prompts = slots.rollout, slots.prompts
+def rows_of(prompts: PromptBatch, rollout: Rollout) -> Rows:
+  """A rollout's outputs, one a row, in their order; advantages are still 0.
+
+  Args:
+    prompts: B problems.
+    rollout: [B, G, ...].
+  """
   b, g, t = rollout.tokens.shape
 
   def of_outputs(x):
@@ -152,16 +158,14 @@ def rows_of(slots: Slots, o: Objective) -> Rows:
   if rollout.experts is not None:
     both = [of_prompts(rollout.prompt_experts), of_outputs(rollout.experts)]
     experts = jnp.concatenate(both, axis=2)
-  filled = of_prompts(slots.filled)
-  in_loss = filled & of_outputs(rollout.ended) if o.truncated == "mask" else filled
   logprobs = of_outputs(rollout.logprobs)
   return Rows(
     prompts=of_prompts(prompts.tokens),
     prompt_mask=of_prompts(prompts.mask),
     completions=of_outputs(rollout.tokens),
     completion_mask=of_outputs(rollout.mask),
-    in_loss=in_loss,
-    in_mean=in_loss if o.masked_rows == "drop" else filled,
+    in_loss=jnp.ones(b * g, bool),
+    in_mean=jnp.ones(b * g, bool),
     sampler_logprobs=logprobs,
     old_logprobs=logprobs,
     reference_logprobs=jnp.zeros((b * g, t), jnp.float32),
@@ -170,6 +174,18 @@ def rows_of(slots: Slots, o: Objective) -> Rows:
     experts=experts,
     support=None if rollout.support is None else of_outputs(rollout.support),
   )
+
+
+def counted(slots: Slots, o: Objective) -> Rows:
+  """The rows of the slots, with what the objective says of empty slots and of truncated
+  outputs: whether they have a loss, and whether they count in means."""
+  rows = rows_of(slots.prompts, slots.rollout)
+  filled = jnp.repeat(slots.filled, slots.rollout.tokens.shape[1])
+  in_loss = filled
+  if o.truncated == "mask":
+    in_loss = filled & slots.rollout.ended.reshape(-1)
+  in_mean = in_loss if o.masked_rows == "drop" else filled
+  return rows.replace(in_loss=in_loss, in_mean=in_mean)
 
 
 def by_parts(function: Callable[[Rows], Any], rows: Rows, parts: int) -> Any:

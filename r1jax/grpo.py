@@ -24,8 +24,8 @@ from r1jax.experience import (
   Rows,
   StepConfig,
   completion_logprobs,
+  counted,
   recall,
-  rows_of,
   shaped,
   shuffled,
 )
@@ -87,7 +87,7 @@ def experience(
     (Rows with leading axes [K, B * G / K], metrics of the rollout).
   """
   c, o = config, config.objective
-  rows = recall(rows_of(slots, o), state, policy, c)
+  rows = recall(counted(slots, o), state, policy, c)
   rewards = shaped(slots, rows, o, c.max_tokens)
   advantages = group_relative(rewards, o).reshape(-1, 1)
   rows = rows.replace(advantages=jnp.broadcast_to(advantages, rows.completions.shape))

@@ -21,6 +21,7 @@ import rich.console
 
 from r1jax import (
   diagnostics,
+  experience,
   grpo,
   ppo,
   report,
@@ -176,7 +177,7 @@ def reinforce(this: Run, params: Any, router: Any) -> None:
   for file in (this.metrics, this.samples, this.traces):
     file.roll_back(done)
 
-  evaluate = Evaluator(this, state)
+  evaluate = Evaluator(this, (params, router), state)
   if not step:
     evaluate(state, 0)
   programs = {}
@@ -290,12 +291,15 @@ class Evaluator:
   """Samples the held-out problems with a policy and writes the figures.
 
   One program of config.prompts problems runs again and again: its cache stays small.
+  The same program says how far the policy has gone from the base.
   """
 
-  def __init__(self, this: Run, state: train_state.TrainState):
+  def __init__(self, this: Run, base: tuple[Any, Any], state: train_state.TrainState):
     c = this.config
+    # Its own copy: the state that begins with the base is donated.
+    self.base = jax.tree.map(jax.numpy.copy, base)
 
-    def evaluate(params, router, prompts, key):
+    def evaluate(params, router, base, prompts, key):
       said = rollout.sample(
         this.policy,
         params,
@@ -310,7 +314,11 @@ class Evaluator:
         top_k=c.grpo.top_k,
         top_p=c.grpo.top_p,
       )
-      return said.spoken()
+      rows = experience.rows_of(prompts, said)
+      logprobs, _ = experience.completion_logprobs(
+        this.policy, *base, rows, c.grpo.temperature
+      )
+      return said.spoken(), (rows.sampler_logprobs - logprobs).reshape(said.mask.shape)
 
     self.this = this
     count = len(this.held_out_problems)
@@ -322,24 +330,28 @@ class Evaluator:
     ]
     self.key = jax.random.fold_in(jax.random.key(c.seed), 2)
     self.program = compiled(
-      this, evaluate, state.params, state.router, self.chunks[0], self.key
+      this, evaluate, state.params, state.router, self.base, self.chunks[0], self.key
     )
 
   def __call__(self, state: train_state.TrainState, step: int) -> None:
     this = self.this
     with this.clock.phase("evaluate"):
       said = [
-        self.program(state.params, state.router, part, jax.random.fold_in(self.key, i))
+        self.program(
+          state.params, state.router, self.base, part, jax.random.fold_in(self.key, i)
+        )
         for i, part in enumerate(self.chunks)
       ]
       said = jax.tree.map(lambda *x: np.concatenate(x), *said)
-      said = jax.tree.map(lambda x: x[: len(this.held_out_problems)], said)
+      said, gap = jax.tree.map(lambda x: x[: len(this.held_out_problems)], said)
       texts = generate.texts_of(said, this.tokenizer)
       samples = generate.Samples(
         this.held_out_problems, texts, said.lengths, said.ended
       )
       prefill = this.config.data.prefill_think
       figures = generate.summarise(samples, prefill_think=prefill)
+      # k1: the mean of log pi - log base over tokens that pi sampled.
+      figures["kl_to_base"] = float(gap[said.mask].mean())
     this.metrics.write({"phase": "eval", "step": step, **figures})
     shown = zip(this.held_out_problems, texts, strict=True)
     for problem, group in itertools.islice(shown, SHOWN[0]):

@@ -40,7 +40,8 @@ def auxiliary_losses(
   """
   loss, metrics, load = jnp.zeros(()), {}, out.load
   if out.experts is not None:
-    metrics["balance_loss"] = out.balance.sum() / batch.place.shape[0]
+    outputs = jnp.maximum(batch.completion_mask.any(axis=1).sum(), 1)
+    metrics["balance_loss"] = out.balance.sum() / outputs
     loss = loss + balance_coef * metrics["balance_loss"]
   if rows.experts is not None:
     moved = moe.changed(out.experts, rows.experts.swapaxes(0, 1))

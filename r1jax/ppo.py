@@ -26,8 +26,8 @@ from r1jax.experience import (
   Rows,
   StepConfig,
   by_parts,
+  counted,
   recall,
-  rows_of,
   sequences,
   shaped,
   shuffled,
@@ -190,7 +190,7 @@ def value_loss(
       values - batch.old_values, -value_clip, value_clip
     )
     second = jnp.square(near - batch.returns)
-    clipped = second > error
+    clipped = (jnp.abs(values - batch.old_values) > value_clip) & (second > error)
     error = jnp.maximum(error, second)
   aggregate = pick(AGGREGATIONS, o.aggregation, "aggregation")
   norm = o.sum_norm or window
@@ -216,7 +216,7 @@ def experience(
   """Values, token rewards and advantages of the sampled outputs, in shuffled
   minibatches: ([K, M / K] rows, metrics of the rollout)."""
   c, o, value = config, config.objective, Value(policy.config)
-  rows = recall(rows_of(slots, o), state.policy, policy, c)
+  rows = recall(counted(slots, o), state.policy, policy, c)
   rewards = shaped(slots, rows, o, c.max_tokens)
   with jax.named_scope("values"):
     values = by_parts(

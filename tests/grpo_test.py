@@ -1,4 +1,4 @@
-"""GRPO: loss and gradient against loops in NumPy, then properties of whole steps.
+"""GRPO: properties of whole steps and single updates (the loss: policy_loss_test.py).
 
 The policy of the whole-step tests is one tiny layer (tests/grpo_golden.py), and
 programs are compiled once a module: on a small machine compiling takes all the time.
@@ -14,212 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax import grpo
+from r1jax import grpo, sharding
 from r1jax.errors import UserError
+from r1jax.experience import Rows
+from r1jax.objective import Objective
 from r1jax.segments import make_segments
 
-# -- the loss against loops ------------------------------------------------------------
-
-
-def loss_by_hand(logprobs, old, reference, lengths, advantages, *, clip_eps, kl_coef):
-  """(loss, gradient, metrics) with loops; the gradient is that of r1_facts 1.3.
-
-  Differs: outside +-20 the log-ratios are clamped, so there the gradient of that term
-  is 0 (m rho A and r - 1 would be e^20 or so).
-  """
-  rows = len(lengths)
-  loss, gradient = 0.0, np.zeros_like(logprobs)
-  kl_mean, clipped = 0.0, 0.0
-  ratios = [1.0]
-  for i, (count, a) in enumerate(zip(lengths, advantages, strict=True)):
-    share = 1.0 / (max(count, 1) * rows)
-    for t in range(count):
-      log_ratio = logprobs[i, t] - old[i, t]
-      rho = np.exp(min(max(log_ratio, -20.0), 20.0))
-      bounded = min(max(rho, 1 - clip_eps), 1 + clip_eps)
-      binds = (a > 0 and rho > 1 + clip_eps) or (a < 0 and rho < 1 - clip_eps)
-      d = reference[i, t] - logprobs[i, t]
-      r = np.exp(min(max(d, -20.0), 20.0))
-      k3 = r - min(max(d, -20.0), 20.0) - 1
-      loss -= share * (min(rho * a, bounded * a) - kl_coef * k3)
-      push = 0.0 if binds or abs(log_ratio) > 20 else rho * a
-      pull = 0.0 if abs(d) > 20 else r - 1
-      gradient[i, t] = -share * (push + kl_coef * pull)
-      kl_mean += share * k3
-      clipped += share * binds
-      ratios.append(rho)
-  return loss, gradient, dict(kl=kl_mean, clip_fraction=clipped, ratio_max=max(ratios))
-
-
-def loss_of(logprobs, old, reference, lengths, advantages, *, total=None, **how):
-  """r1jax's (loss, gradient, metrics) for the same inputs; padding holds garbage."""
-  width = logprobs.shape[1]
-  rows = grpo.Rows(
-    prompts=jnp.zeros((len(lengths), 1), jnp.int32),
-    prompt_mask=jnp.ones((len(lengths), 1), bool),
-    completions=jnp.zeros(logprobs.shape, jnp.int32),
-    completion_mask=jnp.asarray(np.arange(width)[None] < np.asarray(lengths)[:, None]),
-    old_logprobs=jnp.asarray(old),
-    reference_logprobs=jnp.asarray(reference),
-    advantages=jnp.asarray(advantages),
-  )
-
-  def loss_fn(x):
-    return grpo.grpo_loss(x, rows, total_rows=total or len(lengths), **how)
-
-  (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
-    jnp.asarray(logprobs)
-  )
-  return float(loss), np.asarray(gradient), {k: float(v) for k, v in metrics.items()}
-
-
-def ragged(seed, spread, lengths):
-  rng = np.random.default_rng(seed)
-  shape = (len(lengths), 6)
-  logprobs = -rng.gamma(2.0, 1.0, shape)
-  old = logprobs + spread * rng.normal(size=shape)
-  reference = logprobs + spread * rng.normal(size=shape)
-  return logprobs, old, reference, np.asarray(lengths), rng.normal(size=len(lengths))
-
-
-def compare(case, **how):
-  loss, gradient, metrics = loss_of(*case, **how)
-  want_loss, want_gradient, want_metrics = loss_by_hand(*case, **how)
-  np.testing.assert_allclose(loss, want_loss, rtol=1e-9, atol=1e-12)
-  np.testing.assert_allclose(gradient, want_gradient, rtol=1e-9, atol=1e-12)
-  for name, want in want_metrics.items():
-    # clip_fraction is counted in float32
-    np.testing.assert_allclose(metrics[name], want, rtol=1e-6, atol=1e-9, err_msg=name)
-
-
-@pytest.mark.parametrize("kl_coef", [0.0, 0.04])
-@pytest.mark.parametrize("clip_eps", [10.0, 0.2])
-@pytest.mark.parametrize("spread", [0.3, 3.0])
-def test_loss_and_gradient_equal_loops_on_ragged_rows(spread, clip_eps, kl_coef):
-  with jax.enable_x64(True):
-    for seed, lengths in enumerate([[6, 1, 3, 5], [1, 1, 1], [2, 6, 4, 1, 1]]):
-      case = ragged(seed, spread, lengths)
-      compare(case, clip_eps=clip_eps, kl_coef=kl_coef)
-
-
-@pytest.mark.parametrize("kl_coef", [0.0, 0.04])
-@pytest.mark.parametrize("clip_eps", [10.0, 0.2])
-@pytest.mark.parametrize("advantage", [1.5, -0.7, 0.0])
-@pytest.mark.parametrize("gap", [19.0, -19.0, 21.0, -21.0])
-def test_extreme_log_ratios_equal_loops(gap, advantage, clip_eps, kl_coef):
-  logprobs = np.full((1, 6), -1.0)
-  case = (
-    logprobs,
-    logprobs - gap,
-    logprobs + gap,
-    np.array([2]),
-    np.array([advantage]),
-  )
-  with jax.enable_x64(True):
-    compare(case, clip_eps=clip_eps, kl_coef=kl_coef)
-
-
-@pytest.mark.parametrize("gap", [21.0, -21.0])
-@pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_beyond_the_clamp_a_token_has_no_gradient_and_a_finite_loss(gap, advantage):
-  logprobs = np.full((1, 6), -1.0, np.float32)
-  how = dict(clip_eps=10.0, kl_coef=0.04)
-  case = (
-    logprobs,
-    logprobs - gap,
-    logprobs + gap,
-    np.array([6]),
-    np.array([advantage]),
-  )
-  loss, gradient, metrics = loss_of(*map(np.float32, case[:3]), *case[3:], **how)
-  assert np.isfinite(loss)
-  assert np.array_equal(gradient, np.zeros_like(gradient))
-  assert metrics["sampler_gap_max"] == 21.0  # the gap itself is shown unclamped
-
-
-def test_padding_has_no_say_and_no_gradient():
-  case = ragged(0, 0.3, [2, 4, 1])
-  with jax.enable_x64(True):
-    how = dict(clip_eps=0.2, kl_coef=0.04)
-    loss, gradient, _ = loss_of(*case, **how)
-    outside = np.arange(6)[None] >= case[3][:, None]
-    for garbage in (1e4, -1e4, -1e30):
-      other = [np.where(outside, garbage, x) for x in case[1:3]]
-      again = loss_of(case[0], *other, *case[3:], **how)
-      assert again[0] == loss
-      assert np.array_equal(again[1], gradient)
-  assert np.array_equal(gradient[outside], np.zeros(outside.sum()))
-
-
-def test_on_policy_loss_is_minus_the_mean_advantage_and_its_gradient_is_not_zero():
-  logprobs = np.full((2, 6), -2.0)
-  case = (logprobs, logprobs, logprobs, np.array([6, 2]), np.array([1.0, -1.0]))
-  with jax.enable_x64(True):
-    loss, gradient, _ = loss_of(*case, clip_eps=10.0, kl_coef=0.001)
-  assert loss == 0
-  np.testing.assert_allclose(gradient[0], -1 / 12)
-  np.testing.assert_allclose(gradient[1, :2], 1 / 4)
-
-
-@pytest.mark.parametrize(
-  "advantage, ratio, clip_eps, fraction",
-  [
-    (1.0, 1.3, 0.2, 1.0),  # A > 0: only above 1 + eps
-    (1.0, 0.7, 0.2, 0.0),
-    (-1.0, 0.7, 0.2, 1.0),  # A < 0: only below 1 - eps
-    (-1.0, 1.3, 0.2, 0.0),
-    (0.0, 1.3, 0.2, 0.0),
-    (1.0, 11.5, 10.0, 1.0),  # eps 10 has an upper side alone
-    (1.0, 10.5, 10.0, 0.0),
-    (-1.0, 1e-6, 10.0, 0.0),
-    (-1.0, 1e6, 10.0, 0.0),
-  ],
-)
-def test_clip_fraction_counts_the_side_that_binds(advantage, ratio, clip_eps, fraction):
-  logprobs = np.zeros((1, 2), np.float32)
-  old = logprobs - np.log(np.float32(ratio))
-  case = (logprobs, old, logprobs, np.array([2]), np.array([advantage], np.float32))
-  _, gradient, metrics = loss_of(*case, clip_eps=clip_eps, kl_coef=0.0)
-  assert metrics["clip_fraction"] == fraction
-  assert (gradient == 0).all() == (fraction == 1 or advantage == 0)
-
-
-def test_micro_batches_losses_and_shares_add_up():
-  case = ragged(3, 0.5, [6, 1, 3, 5])
-  how = dict(clip_eps=0.2, kl_coef=0.04)
-  with jax.enable_x64(True):
-    loss, gradient, metrics = loss_of(*case, **how)
-    parts = [loss_of(*(x[i::2] for x in case), total=4, **how) for i in range(2)]
-  np.testing.assert_allclose(sum(p[0] for p in parts), loss)
-  np.testing.assert_allclose(parts[0][1], gradient[0::2])
-  np.testing.assert_allclose(parts[1][1], gradient[1::2])
-  for name in ("loss", "kl", "clip_fraction"):
-    np.testing.assert_allclose(sum(p[2][name] for p in parts), metrics[name], rtol=1e-6)
-  for name in ("ratio_max", "sampler_gap_max"):
-    assert max(p[2][name] for p in parts) == metrics[name]
-
-
-def test_k3_is_never_negative_and_zero_where_the_policies_agree():
-  d = jnp.linspace(-30.0, 30.0, 241)
-  values = grpo.k3(jnp.zeros_like(d), d)
-  assert (values >= 0).all() and np.isfinite(values).all()
-  assert values[120] == 0
-
-
-def test_over_minibatches_takes_means_maxima_and_the_first_gap():
-  stacked = {
-    "loss": jnp.array([1.0, 3.0]),
-    "ratio_max": jnp.array([1.0, 5.0]),
-    "sampler_gap_max": jnp.array([0.25, 9.0]),
-    "grad_norm": jnp.array([2.0, 4.0]),
-  }
-  got = {k: float(v) for k, v in grpo.over_minibatches(stacked).items()}
-  assert got == {
-    "loss": 2.0,
-    "ratio_max": 5.0,
-    "sampler_gap_max": 0.25,
-    "grad_norm": 3.0,
-  }
+# -- the configuration -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,11 +33,42 @@ def test_over_minibatches_takes_means_maxima_and_the_first_gap():
     ("micro_batches", 0),
     ("max_tokens", 0),
     ("minibatches", 0),
+    ("top_k", -1),
+    ("top_p", 0.0),
+    ("top_p", 1.5),
   ],
 )
 def test_config_refuses_what_cannot_work_and_names_it(key, value):
   with pytest.raises(UserError, match=key):
     grpo.GRPOConfig(**{key: value})
+
+
+@pytest.mark.parametrize("how", [dict(top_k=5), dict(top_p=0.9)])
+def test_truncated_sampling_without_its_support_in_the_ratio_is_refused(how):
+  with pytest.raises(UserError, match="keep_sampling_mask=False"):
+    grpo.GRPOConfig(keep_sampling_mask=False, **how)
+  grpo.GRPOConfig(**how)
+  grpo.GRPOConfig(keep_sampling_mask=False)
+
+
+def test_a_group_of_one_is_refused_with_mean_and_std():
+  with pytest.raises(UserError, match=r"group_size=1.*at least 2"):
+    grpo.GRPOConfig(group_size=1)
+  with pytest.raises(UserError, match=r"std_ddof=2.*group_size - 1 = 1"):
+    grpo.GRPOConfig(group_size=2, objective=Objective(std_ddof=2))
+
+
+def test_a_kl_term_without_a_reference_is_refused():
+  state = golden.new_state(POLICY, reference=False)
+  step = golden.make_step(POLICY)
+  with pytest.raises(UserError, match=r"kl_coef=0\.04 needs a reference"):
+    jax.eval_shape(step, state, golden.prompt_batch(), jax.random.key(7))
+
+
+@pytest.mark.parametrize("buffer", [7.0, 0.01])
+def test_an_overlong_buffer_that_does_not_fit_the_window_is_refused(buffer):
+  with pytest.raises(UserError, match=r"overlong_buffer=.*1\.\.6"):
+    grpo.GRPOConfig(max_tokens=6, objective=Objective(overlong_buffer=buffer))
 
 
 # -- whole steps -----------------------------------------------------------------------
@@ -272,16 +104,19 @@ def program():
 @pytest.fixture(scope="module")
 def history(program):
   """Three steps: the states (host copies, the first included), rollouts, metrics, and
-  the donated states."""
+  the donated states, traces."""
   state = golden.new_state(POLICY)
-  states, rollouts, metrics, donated = [host(state)], [], [], []
+  states, rollouts, metrics, donated, traces = [host(state)], [], [], [], []
   for _ in range(3):
     donated.append(state)
-    state, rollout, figures = program(state, golden.prompt_batch(), jax.random.key(7))
+    state, rollout, figures, trace = program(
+      state, golden.prompt_batch(), jax.random.key(7)
+    )
     states.append(host(state))
     rollouts.append(host(rollout))
     metrics.append(golden.figures(figures))
-  return states, rollouts, metrics, donated
+    traces.append(host(trace))
+  return states, rollouts, metrics, donated, traces
 
 
 def test_three_steps_compile_once(program, history):
@@ -307,7 +142,8 @@ def test_metrics_of_one_step_are_the_golden_ones(history):
   want = json.loads(golden.PATH.read_text())
   got = history[2][0]
   assert set(got) == set(want)
-  for name in sorted(set(want) - {"sampler_gap_max"}):  # rounding noise
+  noise = {name for name in want if name.startswith("sampler_")}  # of rounding
+  for name in sorted(set(want) - noise):
     np.testing.assert_allclose(got[name], want[name], rtol=1e-3, err_msg=name)
 
 
@@ -348,27 +184,27 @@ def test_kl_is_zero_right_after_a_refresh_and_positive_before(history):
 
 def test_whole_step_is_a_pure_function(program, history):
   args = golden.prompt_batch(), jax.random.key(7)
-  state, rollout, metrics = program(golden.new_state(POLICY), *args)
+  state, rollout, metrics, _ = program(golden.new_state(POLICY), *args)
   assert_same(host(state), history[0][1])
   assert_same(host(rollout), history[1][0])
   assert golden.figures(metrics) == history[2][0]
 
 
 def test_another_key_or_another_step_gives_another_rollout(program, history):
-  _, rollout, _ = program(
+  _, rollout, *_ = program(
     golden.new_state(POLICY), golden.prompt_batch(), jax.random.key(8)
   )
   assert not np.array_equal(rollout.tokens, history[1][0].tokens)
   later = golden.new_state(POLICY)
   later = later.replace(step=jnp.asarray(K, jnp.int32))
-  _, rollout, _ = program(later, golden.prompt_batch(), jax.random.key(7))
+  _, rollout, *_ = program(later, golden.prompt_batch(), jax.random.key(7))
   assert not np.array_equal(rollout.tokens, history[1][0].tokens)
 
 
 def test_a_problems_rollout_does_not_depend_on_its_place_in_the_batch(program, history):
   order = np.array([2, 0, 3, 1])
   batch = jax.tree.map(lambda x: x[order], golden.prompt_batch())
-  _, rollout, _ = program(golden.new_state(POLICY), batch, jax.random.key(7))
+  _, rollout, *_ = program(golden.new_state(POLICY), batch, jax.random.key(7))
   assert np.array_equal(rollout.tokens, history[1][0].tokens[order])
   assert np.array_equal(rollout.ended, history[1][0].ended[order])
 
@@ -385,11 +221,14 @@ def test_segments_give_the_numbers_of_the_whole_step(history):
   )
   state = golden.new_state(POLICY)
   for i in range(2):  # the second one refreshes the reference
-    state, rollout, metrics = pieces(state, golden.prompt_batch(), jax.random.key(7))
+    state, rollout, metrics, trace = pieces(
+      state, golden.prompt_batch(), jax.random.key(7)
+    )
     assert np.array_equal(rollout.tokens, history[1][i].tokens)
     assert np.array_equal(rollout.mask, history[1][i].mask)
     assert np.array_equal(rollout.ended, history[1][i].ended)
     assert_same(host(rollout), history[1][i], rtol=1e-4, atol=1e-5)
+    assert_same(host(trace), history[4][i], rtol=1e-3, atol=1e-4)
     got = golden.figures(metrics)
     assert got.keys() == history[2][i].keys()
     for name, want in history[2][i].items():
@@ -403,18 +242,22 @@ def test_segments_give_the_numbers_of_the_whole_step(history):
 
 def test_equal_rewards_give_no_policy_gradient():
   config = grpo.GRPOConfig(
-    group_size=4, minibatches=2, max_tokens=6, kl_coef=0.0, reference_refresh=0
+    group_size=4,
+    minibatches=2,
+    max_tokens=6,
+    reference_refresh=0,
+    objective=Objective(kl_coef=0.0),
   )
   step = jax.jit(golden.make_step(POLICY, config))
   batch = golden.prompt_batch()
   equal = batch.replace(answers=jnp.full_like(batch.answers, -1))
   before = golden.new_state(POLICY, reference=False)
-  after, _, metrics = step(before, equal, jax.random.key(7))
+  after, _, metrics, _ = step(before, equal, jax.random.key(7))
   assert float(metrics["equal_groups"]) == 1.0
   assert float(metrics["grad_norm"]) == 0.0
   np.testing.assert_allclose(float(metrics["reward"]), 0.1, rtol=1e-6)
   assert_same(host(after.params), host(before.params))  # weight decay is 0
-  after, _, metrics = step(before, batch, jax.random.key(7))
+  after, _, metrics, _ = step(before, batch, jax.random.key(7))
   assert float(metrics["equal_groups"]) < 1.0
   assert float(metrics["grad_norm"]) > 0.01
 
@@ -422,7 +265,11 @@ def test_equal_rewards_give_no_policy_gradient():
 def test_without_a_kl_term_there_is_no_reference_to_refresh():
   """As the loop sets it up: kl_coef 0 means that the state's reference is None."""
   config = grpo.GRPOConfig(
-    group_size=4, minibatches=2, max_tokens=6, kl_coef=0.0, reference_refresh=4
+    group_size=4,
+    minibatches=2,
+    max_tokens=6,
+    reference_refresh=4,
+    objective=Objective(kl_coef=0.0),
   )
   state = golden.new_state(POLICY, reference=False)
   step = golden.make_step(POLICY, config)
@@ -443,27 +290,38 @@ def training_rows(count=8, prompt=5, tokens=6, seed=0):
   near = np.where(mask, -2.7 + 0.3 * rng.normal(size=mask.shape), 0.0)
   other = np.where(mask, -2.7 + 0.3 * rng.normal(size=mask.shape), 0.0)
   draw = functools.partial(rng.integers, 3, golden.VOCAB)
-  return grpo.Rows(
+  return Rows(
     prompts=jnp.asarray(np.where(prompt_mask, draw((count, prompt)), 0), jnp.int32),
     prompt_mask=jnp.asarray(prompt_mask),
     completions=jnp.asarray(np.where(mask, draw((count, tokens)), 0), jnp.int32),
     completion_mask=jnp.asarray(mask),
+    in_loss=jnp.asarray(np.arange(count) != 4),  # a truncated output without a loss
+    in_mean=jnp.ones(count, bool),
+    sampler_logprobs=jnp.asarray(near, jnp.float32),
     old_logprobs=jnp.asarray(near, jnp.float32),
     reference_logprobs=jnp.asarray(other, jnp.float32),
-    advantages=jnp.asarray(rng.normal(size=count), jnp.float32),
+    advantages=jnp.asarray(
+      np.repeat(rng.normal(size=(count, 1)), tokens, 1), jnp.float32
+    ),
+    place=jnp.arange(count, dtype=jnp.int32),
   )
 
 
-def update_program(micro_batches=1):
+AGGREGATIONS = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm")
+
+
+def update_program(micro_batches=1, aggregation="seq-mean-token-mean"):
   config = grpo.GRPOConfig(
     group_size=4,
     minibatches=2,
     micro_batches=micro_batches,
     max_tokens=6,
-    clip_eps=0.2,
-    kl_coef=0.04,
     reference_refresh=0,
     router_bias_rate=0.5,
+    balance_coef=0.1,
+    objective=Objective(
+      clip_low=0.2, clip_high=0.2, kl_coef=0.04, aggregation=aggregation
+    ),
   )
   # plain descent: AdamW would blow rounding of tiny gradients up to its step size
   return jax.jit(
@@ -493,33 +351,46 @@ def update_state():
   return grpo.TrainState(jnp.zeros((), jnp.int32), params, router, (), None)
 
 
-@pytest.fixture(scope="module")
-def updated():
-  program = update_program()
-  state, metrics = program(update_state(), training_rows())
-  return program, host(state), golden.figures(metrics)
+@pytest.fixture(scope="module", params=AGGREGATIONS)
+def updated(request):
+  program = update_program(aggregation=request.param)
+  state, metrics, per_token = program(update_state(), training_rows())
+  return (
+    program,
+    host(state),
+    golden.figures(metrics),
+    host(per_token["logprobs"]),
+    request.param,
+  )
 
 
-def same_update(got, want_state, want_metrics):
-  state, metrics = got
+def same_update(got, want_state, want_metrics, want_logprobs):
+  """Parameters, router biases and metrics; per-token figures where both have them."""
+  state, metrics, per_token = got
   assert_same(host(state.params), want_state.params, rtol=1e-4, atol=2e-5)
   assert_same(host(state.router), want_state.router)
   for name, x in golden.figures(metrics).items():
     np.testing.assert_allclose(
       x, want_metrics[name], rtol=1e-4, atol=1e-6, err_msg=name
     )
+  width = want_logprobs.shape[1]
+  np.testing.assert_allclose(
+    per_token["logprobs"][:, :width], want_logprobs, rtol=1e-4, atol=1e-5
+  )
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
 def test_an_update_is_invariant_to_micro_batches(updated, micro_batches):
-  got = update_program(micro_batches)(update_state(), training_rows())
-  same_update(got, *updated[1:])
+  """8x1, 4x2, 2x4 and 1x8 rows: the same gradient, for every aggregation."""
+  got = update_program(micro_batches, updated[4])(update_state(), training_rows())
+  same_update(got, *updated[1:4])
 
 
 def test_an_update_is_invariant_to_the_order_of_rows(updated):
   order = np.array([5, 2, 7, 0, 1, 6, 4, 3])
   rows = jax.tree.map(lambda x: x[order], training_rows())
-  same_update(updated[0](update_state(), rows), *updated[1:])
+  program, state, metrics, logprobs, _ = updated
+  same_update(program(update_state(), rows), state, metrics, logprobs[order])
 
 
 def test_an_update_is_invariant_to_padding_on_both_sides(updated):
@@ -532,10 +403,23 @@ def test_an_update_is_invariant_to_padding_on_both_sides(updated):
     prompt_mask=pad(rows.prompt_mask, 3, 0),
     completions=pad(rows.completions, 0, 2, 9),
     completion_mask=pad(rows.completion_mask, 0, 2),
+    sampler_logprobs=pad(rows.sampler_logprobs, 0, 2, -5),
     old_logprobs=pad(rows.old_logprobs, 0, 2, -5),
     reference_logprobs=pad(rows.reference_logprobs, 0, 2, -5),
+    advantages=pad(rows.advantages, 0, 2, 7),
   )
-  same_update(updated[0](update_state(), padded), *updated[1:])
+  same_update(updated[0](update_state(), padded), *updated[1:4])
+
+
+@pytest.mark.parametrize("cut", [2, 8])
+def test_an_update_is_invariant_to_the_number_of_devices(updated, cut):
+  program, want, metrics, logprobs, _ = updated
+  mesh = sharding.make_mesh((cut, 1, 1), jax.devices()[:cut])
+  with jax.set_mesh(mesh):
+    rows = jax.device_put(training_rows(), sharding.batch_sharding(mesh))
+    state = jax.device_put(update_state(), sharding.replicated(mesh))
+    got = program(state, rows)
+  same_update(got, want, metrics, logprobs)
 
 
 def test_router_biases_move_by_the_load_and_the_optimizer_leaves_them(updated):

@@ -122,9 +122,9 @@ def test_starting_a_finished_run_again_shows_its_result(finished, cache):
 def test_a_workdir_of_another_config_is_refused_and_kept(finished, cache):
   workdir, _ = finished
   before = (workdir / "metrics.jsonl").read_bytes()
-  other = run(workdir, cache, "--config.grpo.clip_eps=0.2")
+  other = run(workdir, cache, "--config.objective.clip_high=0.2")
   assert other.returncode == 2
-  assert "grpo.clip_eps: 10.0 -> 0.2" in other.stderr
+  assert "objective.clip_high: None -> 0.2" in other.stderr
   assert len(other.stderr.strip().splitlines()) == 1
   assert (workdir / "metrics.jsonl").read_bytes() == before
 

@@ -7,10 +7,13 @@ import re
 from ml_collections import ConfigDict
 import pytest
 
+from experiments.configs import ppo
 from experiments.configs.r1_zero import PRESETS, get_config
-from r1jax import settings
+from r1jax import presets, settings
 from r1jax.errors import UserError
 from r1jax.models.config import tiny
+from r1jax.objective import Objective
+from r1jax.ppo import PPOConfig
 
 
 def changed(preset="tiny", **values):
@@ -103,6 +106,32 @@ REFUSED = [
   (dict(grpo__micro_batches=0), 1, ["micro_batches", "at least 1"]),
   (dict(model__preset="large"), 1, ["model.preset='large'", "tiny", "v3_671b"]),
   (dict(windows=((4, 9),)), 1, ["windows=((4, 9),)", "update 0"]),
+  (dict(objective__preset="grpo"), 1, ["objective.preset='grpo'", "deepseekmath"]),
+  (dict(objective__advantage="vine"), 1, ["objective.advantage='vine'", "rloo"]),
+  (dict(objective__dual_clip=0.5), 1, ["dual_clip=0.5", "above 1", "0 turns it off"]),
+  (dict(objective__ratio_cap=5.0), 1, ["ratio_cap=5.0", "above 1 + clip_high = 11.0"]),
+  (dict(objective__kl="k1-in-loss"), 1, ["k1-in-loss", "k2", "force_k1_in_loss"]),
+  (
+    dict(objective__off_policy="token-truncate"),
+    1,
+    ["off_policy='token-truncate'", "old_logprobs='trainer'"],
+  ),
+  (dict(objective__advantage="gae"), 1, ["'gae'", "experiments.ppo"]),
+  (dict(objective__std_ddof=16), 1, ["std_ddof=16", "group_size - 1 = 15"]),
+  (dict(objective__pool=0), 1, ["pool=0", "1 turns dynamic sampling off"]),
+  (dict(objective__filter_on="luck"), 1, ["filter_on='luck'", "accuracy, format"]),
+  (
+    dict(grpo__top_p=0.9, grpo__keep_sampling_mask=False),
+    1,
+    ["keep_sampling_mask=False", "top_p=0.9"],
+  ),
+  (dict(grpo__mtp_coef=0.3), 1, ["grpo.mtp_coef=0.3", "model.mtp_depth=1"]),
+  (
+    dict(grpo__routing_replay=True, model__dense_layers=3),
+    1,
+    ["routing_replay=True", "experts"],
+  ),
+  (dict(grpo__traced_groups=17), 1, ["traced_groups=17", "prompts=16"]),
 ]
 
 
@@ -143,7 +172,7 @@ def test_the_digest_changes_with_a_value_and_not_with_what_is_free():
   for name, value in [
     ("seed", 1),
     ("steps", 122),
-    ("grpo__kl_coef", 0.002),
+    ("objective__kl_coef", 0.002),
     ("windows", ((0, 8),)),
     ("data__template", "r1_zero"),
   ]:
@@ -175,9 +204,9 @@ def test_differences_name_every_leaf_that_differs():
 
 
 def test_rooms_get_the_configs_values():
-  config = changed(grpo__clip_eps=0.3, optimizer__learning_rate=5e-5, steps=40)
-  g = settings.grpo_config(config, max_tokens=17)
-  assert (g.max_tokens, g.clip_eps, g.group_size) == (17, 0.3, 16)
+  config = changed(objective__clip_high=0.3, optimizer__learning_rate=5e-5, steps=40)
+  g = settings.step_config(config, max_tokens=17)
+  assert (g.max_tokens, g.objective.clip_high, g.group_size) == (17, 0.3, 16)
   o = settings.optimizer_config(config)
   assert (o.learning_rate, o.steps) == (5e-5, 40)
   p = settings.pretrain_optimizer_config(config)
@@ -188,5 +217,45 @@ def test_rooms_get_the_configs_values():
 def test_a_config_from_a_file_of_json_gives_the_same_rooms():
   config = get_config()
   again = ConfigDict(json.loads(json.dumps(config.to_dict())))
-  assert settings.grpo_config(again, 9) == settings.grpo_config(config, 9)
+  assert settings.step_config(again, 9) == settings.step_config(config, 9)
   assert settings.windows(again, 8) == settings.windows(config, 8)
+
+
+# -- the objective ---------------------------------------------------------------------
+
+
+def test_the_objective_is_its_preset_with_what_was_set():
+  assert settings.objective(get_config()) == Objective()
+  config = changed(objective__preset="dapo", objective__clip_high=0.5)
+  o = settings.objective(config)
+  assert (o.clip_low, o.clip_high, o.aggregation, o.pool) == (0.2, 0.5, "token-mean", 3)
+
+
+def test_a_choice_without_effect_is_reported_and_a_presets_own_is_not():
+  assert settings.idle(get_config()) == []
+  for preset in presets.PRESETS:
+    assert settings.idle(changed(objective__preset=preset)) == [], preset
+  config = changed(
+    objective__preset="dr_grpo", objective__std_eps=1e-4, objective__kl="k2"
+  )
+  said = sorted(settings.idle(config))
+  assert len(said) == 2
+  assert "kl=k2 has no effect" in said[0] and "kl_coef=0" in said[0]
+  assert "std_eps=0.0001 has no effect" in said[1] and "'dr_grpo'" in said[1]
+
+
+def test_switches_of_the_policy_without_effect_are_reported():
+  said = settings.idle(changed(grpo__freeze_router_bias=True))
+  assert len(said) == 1 and "router_bias_rate" in said[0]
+
+
+def test_ppo_has_its_own_config_and_refuses_segments():
+  config = ppo.get_config()
+  settings.check(config, 1)
+  step = settings.step_config(config, 9)
+  assert isinstance(step, PPOConfig) and step.objective.advantage == "gae"
+  assert settings.value_optimizer_config(config).learning_rate == 1e-3
+  with config.unlocked():
+    config.segment_tokens = 8
+  with pytest.raises(UserError, match="segment_tokens=8"):
+    settings.check(config, 1)

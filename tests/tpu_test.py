@@ -42,7 +42,7 @@ def test_whole_step_of_the_tiny_preset_compiles_for_a_tpu(shape):
       reward_fn=in_graph.rule_reward(
         in_graph.TagTable.of(tokenizer), prefill_think=False, **config.reward
       ),
-      config=settings.grpo_config(config, max_tokens=48),
+      config=settings.step_config(config, max_tokens=48),
       stop_ids=(tokenizer.eos_id,),
       pad_id=tokenizer.pad_id,
     )

@@ -138,7 +138,7 @@ def overlong(
   lengths: jax.Array, *, window: int, buffer: int, penalty: float
 ) -> jax.Array:
   """The soft penalty of length.py, in tokens. Args: lengths [B, G] int32."""
-  over = lengths.astype(jnp.float32) - (window - buffer)
+  over = lengths.astype(float) - (window - buffer)
   return -penalty * jnp.clip(over / buffer, 0.0, 1.0)
 
 

@@ -79,3 +79,33 @@ def test_help_names_the_keys():
   assert done.returncode == 0
   assert "--config.grpo.group_size=16" in done.stdout
   assert "Exit codes" in done.stdout
+
+
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
+    (["--config.objective.preset=grpo"], ["objective.preset='grpo'", "dr_grpo"]),
+    (["--config.objective.kl=k1-in-loss"], ["k1-in-loss", "k1-in-reward"]),
+    (["--config.objective.dual_clip=0.9"], ["dual_clip=0.9", "above 1"]),
+    (["--config.objective.clip_hi=0.3"], ["'clip_hi'", "'clip_high'"]),
+    (["--config.objective.pool=200"], ["prompts=16", "pool=200", "2000 problems"]),
+    (
+      ["--config.objective.overlong_buffer=500"],
+      ["overlong_buffer=500", "the window"],
+    ),
+    (
+      ["--config.grpo.top_k=5", "--config.grpo.keep_sampling_mask=False"],
+      ["keep_sampling_mask=False", "top_k=5"],
+    ),
+  ],
+)
+def test_a_contradictory_objective_is_one_line_before_anything_is_written(
+  arguments, words, tmp_path
+):
+  done = run(*arguments, f"--workdir={tmp_path / 'run'}")
+  assert done.returncode == 2, done.stderr
+  lines = done.stderr.strip().splitlines()
+  assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+  for word in words:
+    assert word in lines[0]
+  assert not (tmp_path / "run" / "metrics.jsonl").exists()

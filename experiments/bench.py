@@ -1,0 +1,50 @@
+"""Benchmarks: each compares things in one run and prints a table.
+
+  python -m experiments.bench algorithms            # every preset on one base
+  python -m experiments.bench algorithms --presets=paper,dapo --seeds=1
+  python -m experiments.bench algorithms --json     # the last line is one JSON object
+  python -m experiments.bench algorithms --write    # and puts the table into the docs
+
+A stopped benchmark goes on where it was. Exit codes: 0 done, 2 a mistake in the
+command, 130 stopped by Ctrl-C, 1 anything else.
+"""
+
+import argparse
+import json
+import sys
+
+from experiments.benches import algorithms
+from r1jax.errors import UserError
+
+BENCHES = {"algorithms": algorithms}
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(
+    prog="python -m experiments.bench",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  benches = parser.add_subparsers(dest="bench", required=True)
+  for name, bench in BENCHES.items():
+    about = bench.__doc__.partition("\n")[0]
+    child = benches.add_parser(name, help=about, description=about)
+    bench.add_flags(child)
+    child.add_argument(
+      "--json", action="store_true", help="print the result as JSON in the last line"
+    )
+  options = parser.parse_args(argv)
+  try:
+    result = BENCHES[options.bench].run(options)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    print("stopped; the same command goes on where it was", file=sys.stderr)
+    sys.exit(130)
+  if options.json:
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
