@@ -57,15 +57,18 @@ def of_batch(slots: Slots, rewards: Rewards, advantages: jax.Array) -> dict:
   """
   filled = slots.filled[:, None]
   mask = (slots.rollout.mask & filled[:, :, None]).reshape(advantages.shape)
-  found = dict(slots.figures)
+  trained = {}
   for name, x in (("length", slots.rollout.lengths), ("reward", rewards.total)):
     kept = jnp.where(filled, x.astype(jnp.float32), jnp.nan)
     for percent in (10, 50, 90):
-      found[f"{name}_p{percent}"] = jnp.nanpercentile(kept, percent)
-  found["advantage_max"] = jnp.max(jnp.where(mask, advantages, -jnp.inf))
-  found["advantage_min"] = jnp.min(jnp.where(mask, advantages, jnp.inf))
+      trained[f"{name}_p{percent}"] = jnp.nanpercentile(kept, percent)
+  trained["advantage_max"] = jnp.max(jnp.where(mask, advantages, -jnp.inf))
+  trained["advantage_min"] = jnp.min(jnp.where(mask, advantages, jnp.inf))
   for name in rewards.parts.keys() - slots.rewards.parts.keys():  # what shaping added
-    found[name] = jnp.nanmean(jnp.where(filled, rewards.parts[name], jnp.nan))
+    trained[name] = jnp.nanmean(jnp.where(filled, rewards.parts[name], jnp.nan))
+  some = slots.filled.any()  # without a group to train on these figures are 0
+  trained = {name: jnp.where(some, x, 0.0) for name, x in trained.items()}
+  found = {**slots.figures, **trained}
   found["groups_empty"] = (~slots.filled).sum()
   for name in ("waves", "dropped", "surplus"):
     key = name if name == "waves" else f"groups_{name}"

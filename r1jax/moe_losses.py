@@ -47,7 +47,7 @@ def auxiliary_losses(
     moved = moe.changed(out.experts, rows.experts.swapaxes(0, 1))
     real = jnp.concatenate([rows.prompt_mask, rows.completion_mask], axis=1)
     total = batch.prompt_mask.sum() + batch.completion_mask.sum()
-    metrics["experts_changed"] = (moved & real).sum() / total
+    metrics["experts_changed"] = (moved & real).sum() / jnp.maximum(total, 1)
   if mtp_coef:
     nll, mtp_load = mtp_nll(policy, params, router, rows, out)
     metrics["mtp_nll"] = nll / jnp.maximum(batch.mask.sum(), 1)

@@ -59,6 +59,12 @@ class PPOConfig(StepConfig):
         f"config.objective.advantage={self.objective.advantage!r}: PPO's advantage is"
         " 'gae' (objective.preset='ppo'); the others are python -m experiments.r1_zero."
       )
+    if self.group_size == 1 and self.objective.pool > 1:
+      raise UserError(
+        f"config.objective.pool={self.objective.pool} with grpo.group_size=1: a single"
+        " output never differs from its group, so no slot would ever be filled. Set"
+        " pool=1 or sample more outputs a prompt."
+      )
     if self.group_size < 1 or self.value_clip < 0:
       raise UserError(
         f"config: grpo.group_size={self.group_size} must be at least 1 and"
@@ -225,7 +231,9 @@ def experience(
       c.minibatches * c.micro_batches,
     )
   advantages, returns = gae(
-    token_rewards(rewards.total.reshape(-1), rows, o.kl_coef),
+    token_rewards(
+      rewards.total.reshape(-1), rows, o.kl_coef if o.kl == "k1-in-reward" else 0.0
+    ),
     values,
     rows.completion_mask,
     gamma=o.gamma,

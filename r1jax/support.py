@@ -50,6 +50,7 @@ def support(logits: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
     ranked = -jnp.sort(-left, axis=-1)
     p = jax.nn.softmax(ranked, axis=-1)
     inside = jnp.cumsum(p, axis=-1) - p < top_p  # the mass before a token
+    inside = inside.at[..., 0].set(True)  # whatever a top_p near 0 rounds to
     least = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
     keep = keep & (left >= least)
   return keep

@@ -105,24 +105,41 @@ def test_micro_batches_add_up_to_the_batch(parts):
     inputs, target = part
     error = inputs @ params["w"] - target
     metrics = {"square": jnp.sum(error**2), "error_max": jnp.max(jnp.abs(error))}
-    return jnp.sum(error**2), (metrics, {"signs": jnp.sum(jnp.sign(error))})
+    counts = {"signs": jnp.sum(jnp.sign(error))}
+    per_row = {"error": error, "double": 2 * inputs}
+    return jnp.sum(error**2), (metrics, counts, per_row)
 
   batch = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
   params = {"w": jnp.asarray(w, jnp.float32)}
-  grads, metrics, counts = optimizer.accumulate(loss_fn, params, batch, parts)
+  found = optimizer.accumulate(loss_fn, params, batch, parts)
+  grads, metrics, counts, per_row = found
   error = x @ w - y
   np.testing.assert_allclose(grads["w"], 2 * x.T @ error, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(metrics["square"], (error**2).sum(), rtol=1e-5)
   np.testing.assert_allclose(metrics["error_max"], np.abs(error).max(), rtol=1e-5)
   np.testing.assert_array_equal(counts["signs"], np.sign(error).sum())
+  # What is kept a row stands in the order of the batch, not of the parts.
+  np.testing.assert_allclose(per_row["error"], error, rtol=1e-4, atol=1e-6)
+  np.testing.assert_array_equal(per_row["double"], 2 * np.float32(x))
 
 
 def test_part_i_takes_rows_i_and_every_nth_after_it():
   def loss_fn(params, rows):
-    return params * 0.0, ({"rows_max": jnp.max(rows)}, jnp.stack([rows[0], rows[-1]]))
+    ends = jnp.stack([rows[0], rows[-1]])
+    return params * 0.0, ({"rows_max": jnp.max(rows)}, ends, rows)
 
   batch = jnp.arange(8.0)
-  _, metrics, ends = optimizer.accumulate(loss_fn, jnp.float32(1.0), batch, 4)
+  found = optimizer.accumulate(loss_fn, jnp.float32(1.0), batch, 4)
+  _, metrics, ends, rows = found
   # Parts (0, 4), (1, 5), (2, 6), (3, 7): their first and last rows, summed.
   np.testing.assert_array_equal(ends, [0 + 1 + 2 + 3, 4 + 5 + 6 + 7])
   assert metrics["rows_max"] == 7
+  np.testing.assert_array_equal(rows, batch)
+
+
+def test_rows_that_do_not_divide_into_the_parts_are_refused():
+  def loss_fn(params, rows):
+    return params * rows.sum(), ({}, (), ())
+
+  with pytest.raises(ValueError, match="6 rows do not divide into micro_batches=4"):
+    optimizer.accumulate(loss_fn, jnp.float32(1.0), jnp.arange(6.0), 4)

@@ -2,13 +2,14 @@
 
 import functools
 
+import grpo_golden as golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax import grpo, prompts, rollout
-from r1jax.models import config, policy
+from r1jax import experience, prompts, rollout
+from r1jax.models import config, moe, policy
 from r1jax.models.mla import Sequence
 
 VOCAB, PAD, STOPS = 16, 0, (3, 5, 9)
@@ -96,18 +97,9 @@ def _advance(weights, batch, carry, key, limit, stops):
 
 @jax.jit
 def teacher_forced(weights, batch, drawn, temperature):
-  b, g, t = drawn.tokens.shape
-  rows = grpo.Rows(
-    prompts=jnp.repeat(batch.tokens, g, axis=0),
-    prompt_mask=jnp.repeat(batch.mask, g, axis=0),
-    completions=drawn.tokens.reshape(b * g, t),
-    completion_mask=drawn.mask.reshape(b * g, t),
-    old_logprobs=drawn.logprobs.reshape(b * g, t),
-    reference_logprobs=jnp.zeros((b * g, t)),
-    advantages=jnp.zeros(b * g),
-  )
-  logprobs, _ = grpo.completion_logprobs(NETWORK, *weights, rows, temperature)
-  return logprobs.reshape(b, g, t)
+  rows = experience.rows_of(batch, drawn)
+  logprobs, _ = experience.completion_logprobs(NETWORK, *weights, rows, temperature)
+  return logprobs.reshape(drawn.tokens.shape)
 
 
 def assert_equal_trees(a, b):
@@ -286,3 +278,212 @@ def logits_after_every_token(weights, prompt):
   """[V, len(prompt) + 1, V]: row v is the prompt and then token v."""
   rows = [[*prompt, v] for v in range(VOCAB)]
   return np.asarray(forward(weights, jnp.asarray(rows, jnp.int32)))
+
+
+# -- what is recorded for the update ---------------------------------------------------
+
+# Two layers, both of experts.
+FRESH = np.zeros(len(ROWS), np.int32)  # no problem stood there before
+TWO = golden.tiny_policy(layers=2, experts=6, active_experts=2)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def recorded(weights, batch, temperature, top_k=0, top_p=1.0, earlier=FRESH):
+  return rollout.sample(
+    TWO,
+    *weights,
+    batch,
+    jax.random.key(3),
+    group_size=4,
+    max_tokens=LENGTH,
+    temperature=temperature,
+    stop_ids=STOPS,
+    pad_id=PAD,
+    top_k=top_k,
+    top_p=top_p,
+    earlier=earlier,
+  )
+
+
+@functools.partial(jax.jit, static_argnames="replay")
+def seen_again(weights, rows, temperature, *, replay=False):
+  """(log-probabilities, forward pass, logits of the completions), teacher-forced."""
+  logprobs, out = experience.completion_logprobs(
+    TWO, *weights, rows, temperature, replay=replay
+  )
+  variables = dict(zip(("params", "router"), weights, strict=True))
+  hidden = out.hidden[:, rows.prompts.shape[1] - 1 : -1]
+  return logprobs, out, TWO.apply(variables, hidden, method="logits")
+
+
+BOUNDS = pytest.mark.parametrize("top_k, top_p", [(3, 1.0), (0, 0.7)])
+
+
+@BOUNDS
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_truncated_sampler_draws_from_the_support_that_it_records(
+  top_k, top_p, temperature, random_weights
+):
+  weights, batch = random_weights(TWO), batch_of(ROWS)
+  drawn = recorded(weights, batch, temperature, top_k, top_p)
+  rows = experience.rows_of(batch, drawn)
+  logprobs, _, logits = seen_again(weights, rows, temperature)
+  mask = np.asarray(rows.completion_mask)
+  assert mask.sum() > 40 and rows.support.shape == (*mask.shape, VOCAB // 8)
+  # All by hand from the whole policy's logits, in float64: the support, the
+  # log-probabilities and the entropy.
+  whole = np.asarray(logits, np.float64)[mask] / temperature
+  keep = np.unpackbits(np.asarray(rows.support), axis=-1)[mask].astype(bool)
+  for row, kept in zip(whole, keep, strict=True):
+    order = np.argsort(-row)[: top_k or VOCAB]
+    p = np.exp(row[order]) / np.exp(row[order]).sum()
+    inside = order[np.cumsum(p) - p < top_p]
+    assert sorted(inside) == np.flatnonzero(kept).tolist()
+  token = np.asarray(rows.completions)[mask]
+  at = np.arange(len(token))
+  assert keep[at, token].all(), "a token outside its support was drawn"
+  p = np.exp(whole) * keep
+  p /= p.sum(1, keepdims=True)
+  entropy = -np.where(keep, p * np.log(np.where(keep, p, 1)), 0).sum(1)
+  drawn_logprobs = np.asarray(rows.sampler_logprobs)[mask]
+  drawn_entropy = np.asarray(drawn.entropy).reshape(mask.shape)[mask]
+  np.testing.assert_allclose(drawn_logprobs, np.log(p[at, token]), atol=1e-4)
+  np.testing.assert_allclose(drawn_entropy, entropy, atol=1e-4)
+  # And so the update sees them.
+  np.testing.assert_allclose(
+    np.asarray(logprobs)[mask], drawn_logprobs, rtol=0, atol=1e-4
+  )
+  if top_k:
+    assert (drawn_entropy <= np.log(top_k) + 1e-6).all()
+    assert (keep.sum(1) <= top_k).all()
+    assert top_p < 1 or (keep.sum(1) == top_k).all()
+  assert len({tuple(k) for k in keep}) > 5, "supports follow their token"
+
+
+def test_a_whole_sampler_records_no_support(random_weights):
+  weights, batch = random_weights(TWO), batch_of(ROWS)
+  drawn = recorded(weights, batch, 1.0)
+  assert drawn.support is None and experience.rows_of(batch, drawn).support is None
+  spoken = drawn.spoken()
+  assert spoken.experts is None and spoken.prompt_experts is None
+  np.testing.assert_array_equal(spoken.tokens, drawn.tokens)
+
+
+def test_truncated_segments_equal_the_whole_bit_for_bit(random_weights):
+  """Support and experts included."""
+  weights, batch = random_weights(TWO), batch_of(ROWS)
+
+  @jax.jit
+  def begin(weights, batch):
+    return rollout.start(
+      TWO,
+      *weights,
+      batch,
+      group_size=4,
+      max_tokens=LENGTH,
+      pad_id=PAD,
+      truncated_support=True,
+    )
+
+  @jax.jit
+  def go_on(weights, batch, carry, temperature, limit):
+    return rollout.advance(
+      TWO,
+      *weights,
+      batch,
+      carry,
+      jax.random.key(3),
+      limit,
+      temperature=temperature,
+      stop_ids=STOPS,
+      pad_id=PAD,
+      top_k=3,
+    )
+
+  carry = begin(weights, batch)
+  for limit in (1, 4, 9, LENGTH):
+    carry = go_on(weights, batch, carry, 0.7, limit)
+  whole = recorded(weights, batch, 0.7, 3, 1.0)
+  assert_equal_trees(rollout.finish(carry), whole)
+
+
+def test_the_recorded_experts_are_those_of_a_full_forward_pass(random_weights):
+  weights, batch = random_weights(TWO), batch_of(ROWS)
+  drawn = recorded(weights, batch, 1.0)
+  b, g, t = drawn.tokens.shape
+  assert drawn.prompt_experts.shape == (b, 2, WINDOW, 2)
+  assert drawn.experts.shape == (b, g, 2, t, 2)
+  assert drawn.experts.dtype == drawn.prompt_experts.dtype == jnp.uint8
+  rows = experience.rows_of(batch, drawn)
+  assert rows.experts.shape == (b * g, 2, WINDOW + t, 2)
+  _, out, _ = seen_again(weights, rows, 1.0)
+  real = np.concatenate([rows.prompt_mask, rows.completion_mask], axis=1)
+  moved = moe.changed(out.experts, rows.experts.swapaxes(0, 1))
+  assert not np.asarray(moved)[real].any()
+  # In their order of rank, even; and they are not all the same.
+  want = np.asarray(out.experts).transpose(1, 2, 0, 3)[real]
+  got = np.asarray(rows.experts).transpose(0, 2, 1, 3)[real]
+  np.testing.assert_array_equal(got, want)
+  assert all(len(np.unique(got[:, n], axis=0)) > 5 for n in range(2))
+
+
+def test_replay_shows_the_update_what_the_sampler_saw(random_weights):
+  """A router bias chooses experts and never weighs them: however far it has moved,
+  under replay the log-probabilities are the sampler's."""
+  params, router = random_weights(TWO)
+  batch = batch_of(ROWS)
+  rows = experience.rows_of(batch, recorded((params, router), batch, 1.0))
+  turned = jax.tree.map(lambda b: -10 * b, router)
+  mask = np.asarray(rows.completion_mask)
+  kept, out, _ = seen_again((params, turned), rows, 1.0, replay=True)
+  lost, _, _ = seen_again((params, turned), rows, 1.0)
+  sampled = np.asarray(rows.sampler_logprobs)[mask]
+  np.testing.assert_allclose(np.asarray(kept)[mask], sampled, rtol=0, atol=1e-5)
+  assert np.abs(np.asarray(lost)[mask] - sampled).max() > 0.1
+  real = np.concatenate([rows.prompt_mask, rows.completion_mask], axis=1)
+  moved = np.asarray(moe.changed(out.experts, rows.experts.swapaxes(0, 1)))
+  assert moved[real].mean() > 0.5
+  # The load is of the experts that served.
+  served = np.asarray(rows.experts).transpose(1, 0, 2, 3)[:, real]
+  load = [np.bincount(x.reshape(-1), minlength=6) for x in served]
+  np.testing.assert_array_equal(out.load["moe_layers"], load)
+
+
+# -- numbering of samples --------------------------------------------------------------
+
+POOL = [7, 4, 7, 4, 4, 7]  # ids: each problem three times
+
+
+def pool():
+  prompt = {7: [7, 2], 4: [1, 8, 4, 6]}
+  batch = batch_of([prompt[i] for i in POOL])
+  return batch.replace(ids=jnp.asarray(POOL, jnp.int32))
+
+
+def test_repeats_count_what_stood_before():
+  np.testing.assert_array_equal(rollout.repeats(jnp.asarray(POOL)), [0, 0, 1, 1, 2, 2])
+
+
+@pytest.mark.parametrize("part", [slice(0, 3), slice(3, 6), slice(1, None, 2)], ids=str)
+def test_a_part_of_a_batch_goes_on_counting_samples(part, random_weights):
+  weights, batch = random_weights(TWO), pool()
+  whole = recorded(weights, batch, 1.0, earlier=None)
+  earlier = rollout.repeats(batch.ids)
+  few = jax.tree.map(lambda x: x[part], batch)
+  got = recorded(weights, few, 1.0, earlier=earlier[part])
+  np.testing.assert_array_equal(got.tokens, whole.tokens[part])
+  np.testing.assert_array_equal(got.mask, whole.mask[part])
+  np.testing.assert_allclose(got.logprobs, whole.logprobs[part], atol=1e-5)
+  if part.start:  # counted within the part alone, it would draw what was drawn before
+    again = recorded(weights, few, 1.0, earlier=rollout.repeats(few.ids))
+    assert (again.tokens != got.tokens).any()
+
+
+def test_no_two_samples_of_a_problem_share_their_draws(random_weights):
+  weights, batch = random_weights(TWO), pool()
+  drawn = recorded(weights, batch, 1.0, earlier=None)
+  for i in set(POOL):
+    rows = np.asarray(drawn.tokens)[np.asarray(POOL) == i].reshape(-1, LENGTH)
+    again = {tuple(row) for row in rows}
+    # Rows of one or two tokens may agree by chance; groups that share keys all do.
+    assert len(again) > 8

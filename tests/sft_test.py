@@ -194,15 +194,18 @@ def test_micro_batches_change_no_gradient_no_metric_and_no_load(random_weights):
   counts = counts_of(pages)
 
   def loss(params, part):
-    return sft.loss_fn(ONE_LAYER, params, router, part, counts=counts)
+    loss, aux = sft.loss_fn(ONE_LAYER, params, router, part, counts=counts)
+    return loss, (*aux, part.tokens)
 
   @functools.partial(jax.jit, static_argnums=1)
   def summed(params, parts):
     return optimizer.accumulate(loss, params, pages, parts)
 
-  grads, metrics, load = summed(params, 1)
+  grads, metrics, load, tokens = summed(params, 1)
+  np.testing.assert_array_equal(tokens, pages.tokens)
   for parts in (2, 4, 8):
-    other_grads, other_metrics, other_load = summed(params, parts)
+    other_grads, other_metrics, other_load, tokens = summed(params, parts)
+    np.testing.assert_array_equal(tokens, pages.tokens)
     assert_close_trees(other_grads, grads, 1e-5)
     assert_close_trees(other_metrics, metrics, 1e-5)
     np.testing.assert_array_equal(other_load["moe_layers"], load["moe_layers"])

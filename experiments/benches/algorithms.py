@@ -34,12 +34,12 @@ EXPECT = {
   "dapo": "Only groups that differ are trained on: most rollouts a step, most seconds.",
   "gspo": "Tiny clip ranges on whole outputs: many outputs are clipped, and it learns.",
   "cispo": "No token loses its gradient: close to the paper's wide clip.",
-  "rloo": "REINFORCE with the others as baseline, summed over tokens, KL in the reward.",
+  "rloo": "REINFORCE, the others as baseline, summed over tokens, KL in the reward.",
   "trl": "TRL's defaults: token mean, no KL; one pass more to recompute old log-probs.",
   "verl": "verl's defaults: as TRL's with a dual clip that hardly binds here.",
   "tunix": "k1 in the loss adds noise and no pull: read its KL beside deepseekmath's.",
   "ppo λ=1.0": "A value model instead of groups: near GRPO at about twice the cost.",
-  "ppo λ=0.95": "Credit fades over 0.95 a token; the longer the output, the less arrives.",
+  "ppo λ=0.95": "Credit fades by 0.95 a token: of a long output, little arrives.",
 }
 COLUMNS = ("pass_at_1", "mean_length", "kl_to_base", "rl_seconds")
 

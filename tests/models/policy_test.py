@@ -394,6 +394,8 @@ def test_mtp_gives_a_hidden_state_a_position_and_a_load_an_expert(random_weights
   assert {k: x.shape for k, x in load.items()} == {"mtp_layer": (c.experts,)}
   assert {k: x.shape for k, x in out.load.items()} == {"moe_layers": (2, c.experts)}
   assert out.cache.shape == (c.layers, 2, T, c.kv_latent + c.rope_dim)
+  assert out.balance.shape == (2,)
+  assert out.experts.shape == (c.moe_layers, 2, T, c.active_experts)
 
 
 # Names and sizes.

@@ -227,11 +227,24 @@ def test_the_rule_reward_is_the_weighted_sum(prefill):
     types.SimpleNamespace(answers=answers),
     types.SimpleNamespace(tokens=tokens, mask=mask),
   )
-  assert got["accuracy"].tolist() == [[1.0], [0.0]]
-  assert got["format"].tolist() == [[float(not prefill)], [float(prefill)]]
+  assert set(got.parts) == {"accuracy", "format"}
+  assert got.parts["accuracy"].tolist() == [[1.0], [0.0]]
+  assert got.parts["format"].tolist() == [[float(not prefill)], [float(prefill)]]
+  assert got.weights == (("accuracy", 2.0), ("format", 0.5))
   want = [[2.5 - 0.5 * prefill], [0.5 * prefill]]
-  assert got["reward"].tolist() == want
-  assert got["reward"].dtype == jnp.float32
+  assert got.total.tolist() == want
+  assert got.total.dtype == jnp.float32
+
+
+def test_a_further_part_has_weight_one_and_leaves_the_others_as_they_were():
+  first, price = jnp.asarray([[1.0, 0.0]]), jnp.asarray([[-0.5, 0.25]])
+  one = in_graph.Rewards.of(accuracy=(2.0, first))
+  both = one.plus("price", price)
+  assert one.total.tolist() == [[2.0, 0.0]] and set(one.parts) == {"accuracy"}
+  assert both.total.tolist() == [[1.5, 0.25]]
+  assert both.parts["accuracy"].tolist() == [[1.0, 0.0]]
+  assert both.parts["price"].tolist() == [[-0.5, 0.25]]
+  assert both.weights == (("accuracy", 2.0), ("price", 1.0))
 
 
 # -- where tokens and text part, on purpose --------------------------------------------
