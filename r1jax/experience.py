@@ -2,7 +2,6 @@
 the loss compares."""
 
 from collections.abc import Callable
-import dataclasses
 from typing import Any
 
 from flax import struct
@@ -20,61 +19,8 @@ from r1jax.prompts import PromptBatch
 from r1jax.rewards import in_graph
 from r1jax.rewards.in_graph import Rewards
 from r1jax.rollout import Rollout
+from r1jax.step_config import StepConfig
 from r1jax.train_state import TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class StepConfig:
-  """What GRPO's and PPO's steps share; the sources of the defaults, R1-Zero's, stand in
-  experiments/configs/r1_zero.py."""
-
-  group_size: int = 16  # G
-  minibatches: int = 16  # K updates a rollout, each output in one of them
-  micro_batches: int = 1  # parts of a minibatch whose gradients are summed
-  max_tokens: int = 32_768  # T
-  temperature: float = 1.0
-  top_k: int = 0  # sample from the k most likely tokens; 0: from all
-  top_p: float = 1.0  # sample from the nucleus of this probability; 1: from all
-  keep_sampling_mask: bool = True  # the ratio is taken over the sampled support
-  reference_refresh: int = 400  # updates; 0 never
-  router_bias_rate: float = 0.001  # of the aux-loss-free balance
-  freeze_router_bias: bool = False
-  balance_coef: float = 0.0  # alpha of the sequence-wise balance loss
-  mtp_coef: float = 0.0  # of the MTP loss; it trains the MTP module alone
-  routing_replay: bool = False  # the update uses the experts that the sampler chose
-  traced_groups: int = 2  # groups whose tokens are kept for the report
-  objective: Objective = dataclasses.field(default_factory=Objective)
-
-  def __post_init__(self):
-    """Raises UserError: what came, the rule and the remedy."""
-    if min(self.minibatches, self.micro_batches, self.max_tokens) < 1:
-      raise UserError(
-        "config.grpo: grpo.minibatches, grpo.micro_batches and max_tokens must be at"
-        f" least 1, got {self.minibatches}, {self.micro_batches}, {self.max_tokens}."
-      )
-    if self.reference_refresh % self.minibatches:
-      raise UserError(
-        f"config.grpo.reference_refresh={self.reference_refresh} must be a multiple of"
-        f" minibatches={self.minibatches}: the reference is refreshed between rollouts."
-      )
-    if not self.temperature > 0:
-      raise UserError(
-        f"config.grpo.temperature={self.temperature} must be above 0; a group of greedy"
-        " outputs is one output G times."
-      )
-    supports.check(self.top_k, self.top_p)
-    if supports.truncates(self.top_k, self.top_p) and not self.keep_sampling_mask:
-      raise UserError(
-        f"config.grpo.keep_sampling_mask=False with top_k={self.top_k},"
-        f" top_p={self.top_p}: probabilities over the whole vocabulary are not those"
-        " that were sampled from, so every ratio would be wrong. Keep the mask, or"
-        " sample with top_k=0 and top_p=1."
-      )
-    overlong_tokens(self.objective, self.max_tokens)
-
-  @property
-  def bias_rate(self) -> float:
-    return 0.0 if self.freeze_router_bias else self.router_bias_rate
 
 
 @struct.dataclass
@@ -246,7 +192,7 @@ def shaped(slots: Slots, rows: Rows, o: Objective, window: int) -> Rewards:
   """
   rewards, rollout = slots.rewards, slots.rollout
   if o.overlong_buffer:
-    buffer = overlong_tokens(o, window)
+    buffer = o.overlong_tokens(window)
     penalty = in_graph.overlong(
       rollout.lengths, window=window, buffer=buffer, penalty=o.overlong_penalty
     )
@@ -263,22 +209,6 @@ def shaped(slots: Slots, rows: Rows, o: Objective, window: int) -> Rewards:
 def token_kl(rows: Rows) -> jax.Array:
   """k1 a token, log pi_old - log pi_reference, [M, T]; 0 where there is no token."""
   return jnp.where(rows.mask, rows.old_logprobs - rows.reference_logprobs, 0.0)
-
-
-def overlong_tokens(o: Objective, window: int) -> int:
-  """The overlong buffer in tokens.
-
-  Raises:
-    UserError: it does not fit the window.
-  """
-  buffer = o.overlong_buffer
-  tokens = round(buffer * window) if 0 < buffer < 1 else int(buffer)
-  if o.overlong_buffer and not 1 <= tokens <= window:
-    raise UserError(
-      f"config.objective.overlong_buffer={buffer} is {tokens} tokens and must lie in"
-      f" 1..{window}, the window; a number below 1 is a share of it (DAPO: 0.2)."
-    )
-  return tokens
 
 
 def shuffled(rows: Any, key: jax.Array, minibatches: int) -> Any:

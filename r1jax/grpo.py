@@ -22,7 +22,6 @@ from r1jax.dynamic_sampling import Slots, collect
 from r1jax.errors import UserError
 from r1jax.experience import (
   Rows,
-  StepConfig,
   completion_logprobs,
   counted,
   recall,
@@ -37,6 +36,7 @@ from r1jax.policy_loss import Totals, policy_loss
 from r1jax.prompts import PromptBatch
 from r1jax.rewards.in_graph import Rewards
 from r1jax.rollout import Rollout, sample
+from r1jax.step_config import StepConfig
 from r1jax.train_state import Reference, TrainState
 
 # What a random draw is for.

@@ -5,9 +5,7 @@ samples.jsonl, tokens.jsonl, checkpoints/, summary.json, curves.png, tokens.html
 same command again resumes a run, and shows the result of one that has ended.
 """
 
-import dataclasses
 import functools
-import itertools
 import json
 import pathlib
 import resource
@@ -21,7 +19,6 @@ import rich.console
 
 from r1jax import (
   diagnostics,
-  experience,
   grpo,
   ppo,
   report,
@@ -37,13 +34,13 @@ from r1jax.checkpoint import Checkpoints
 from r1jax.data import corpus, problems
 from r1jax.errors import UserError
 from r1jax.evals import generate
+from r1jax.evaluator import Evaluator
 from r1jax.metrics import MetricsFile, write_json
 from r1jax.optimizer import make_optimizer
 from r1jax.progress import Clock, Progress
 from r1jax.rewards import in_graph
 from r1jax.run import Run, compiled, make_pages, open_workdir, prepare, put_batch, take
 
-SHOWN = 3, 4  # problems and responses of each that are kept for people to read
 PROGRAMS = (
   *("pretrain_step", "evaluate", "whole_step"),
   *("start", "advance", "experience", "update"),  # a step in segments
@@ -284,83 +281,7 @@ def record(
   )
 
 
-# -- evaluation and result -----------------------------------------------------
-
-
-class Evaluator:
-  """Samples the held-out problems with a policy and writes the figures.
-
-  One program of config.prompts problems runs again and again: its cache stays small.
-  The same program says how far the policy has gone from the base.
-  """
-
-  def __init__(self, this: Run, base: tuple[Any, Any], state: train_state.TrainState):
-    c = this.config
-    # Its own copy: the state that begins with the base is donated.
-    self.base = jax.tree.map(jax.numpy.copy, base)
-
-    def evaluate(params, router, base, prompts, key):
-      said = rollout.sample(
-        this.policy,
-        params,
-        router,
-        prompts,
-        key,
-        group_size=c.eval.samples,
-        max_tokens=max(tokens for _, tokens in this.windows),
-        temperature=c.grpo.temperature,
-        stop_ids=this.stop_ids,
-        pad_id=this.tokenizer.pad_id,
-        top_k=c.grpo.top_k,
-        top_p=c.grpo.top_p,
-      )
-      rows = experience.rows_of(prompts, said)
-      logprobs, _ = experience.completion_logprobs(
-        this.policy, *base, rows, c.grpo.temperature
-      )
-      return said.spoken(), (rows.sampler_logprobs - logprobs).reshape(said.mask.shape)
-
-    self.this = this
-    count = len(this.held_out_problems)
-    # The last chunk is filled up with the first problems, and what is over is cut off.
-    places = np.arange(-(-count // c.prompts) * c.prompts) % count
-    self.chunks = [
-      put_batch(this, take(this.held_out, part))
-      for part in places.reshape(-1, c.prompts)
-    ]
-    self.key = jax.random.fold_in(jax.random.key(c.seed), 2)
-    self.program = compiled(
-      this, evaluate, state.params, state.router, self.base, self.chunks[0], self.key
-    )
-
-  def __call__(self, state: train_state.TrainState, step: int) -> None:
-    this = self.this
-    with this.clock.phase("evaluate"):
-      said = [
-        self.program(
-          state.params, state.router, self.base, part, jax.random.fold_in(self.key, i)
-        )
-        for i, part in enumerate(self.chunks)
-      ]
-      said = jax.tree.map(lambda *x: np.concatenate(x), *said)
-      said, gap = jax.tree.map(lambda x: x[: len(this.held_out_problems)], said)
-      texts = generate.texts_of(said, this.tokenizer)
-      samples = generate.Samples(
-        this.held_out_problems, texts, said.lengths, said.ended
-      )
-      prefill = this.config.data.prefill_think
-      figures = generate.summarise(samples, prefill_think=prefill)
-      # k1: the mean of log pi - log base over tokens that pi sampled.
-      figures["kl_to_base"] = float(gap[said.mask].mean())
-    this.metrics.write({"phase": "eval", "step": step, **figures})
-    shown = zip(this.held_out_problems, texts, strict=True)
-    for problem, group in itertools.islice(shown, SHOWN[0]):
-      row = {**dataclasses.asdict(problem), "texts": group[: SHOWN[1]]}
-      this.samples.write({"phase": "eval", "step": step, **row})
-    this.progress.say(
-      f"held out, update {step}: "
-      + ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
-    )
+# -- the result -----------------------------------------------------
 
 
 def conclude(this: Run) -> dict:

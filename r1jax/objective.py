@@ -62,6 +62,21 @@ class Objective:
   def needs_reference(self) -> bool:
     return self.kl_coef > 0
 
+  def overlong_tokens(self, window: int) -> int:
+    """The overlong buffer in tokens.
+
+    Raises:
+      UserError: it does not fit the window.
+    """
+    buffer = self.overlong_buffer
+    tokens = round(buffer * window) if 0 < buffer < 1 else int(buffer)
+    if buffer and not 1 <= tokens <= window:
+      raise UserError(
+        f"config.objective.overlong_buffer={buffer} is {tokens} tokens and must lie in"
+        f" 1..{window}, the window; a number below 1 is a share of it (DAPO: 0.2)."
+      )
+    return tokens
+
 
 def pick(table: Mapping[str, Any], name: str, key: str) -> Any:
   """table[name], or a UserError that lists what there is."""

@@ -24,7 +24,6 @@ from r1jax.dynamic_sampling import Slots, collect
 from r1jax.errors import UserError
 from r1jax.experience import (
   Rows,
-  StepConfig,
   by_parts,
   counted,
   recall,
@@ -42,6 +41,7 @@ from r1jax.policy_loss import AGGREGATIONS, Totals
 from r1jax.prompts import PromptBatch
 from r1jax.rewards.in_graph import Rewards
 from r1jax.rollout import Rollout
+from r1jax.step_config import StepConfig
 from r1jax.train_state import TrainState
 
 

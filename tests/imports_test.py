@@ -14,6 +14,7 @@ RANKS = [
     "r1jax.ops r1jax.rewards",
     "r1jax.models",
     "r1jax.objective r1jax.support r1jax.train_state r1jax.optimizer",
+    "r1jax.step_config",
     "r1jax.prompts r1jax.rollout r1jax.dynamic_sampling r1jax.experience"
     " r1jax.advantages",
     "r1jax.policy_loss r1jax.moe_losses r1jax.diagnostics",
@@ -21,6 +22,7 @@ RANKS = [
     "r1jax.data r1jax.settings r1jax.checkpoint r1jax.metrics r1jax.report"
     " r1jax.progress r1jax.token_report",
     "r1jax.evals r1jax.run",
+    "r1jax.evaluator",
     "r1jax.loop",
     "experiments",
   )

@@ -43,9 +43,7 @@ def test_presets_hold_what_their_sources_say(preset, choices):
 
 
 def test_the_overlong_buffer_of_dapo_is_4096_of_20480_tokens():
-  from r1jax.experience import overlong_tokens
-
-  assert overlong_tokens(presets.objective("dapo"), 20_480) == 4096
+  assert presets.objective("dapo").overlong_tokens(20_480) == 4096
 
 
 def test_the_docs_hold_the_table_of_the_code():

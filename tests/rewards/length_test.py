@@ -9,7 +9,7 @@ import pytest
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.dynamic_sampling import all_of
 from r1jax.errors import UserError
-from r1jax.experience import counted, overlong_tokens, shaped
+from r1jax.experience import counted, shaped
 from r1jax.objective import Objective
 from r1jax.prompts import PromptBatch
 from r1jax.rewards import in_graph, length
@@ -61,13 +61,13 @@ def test_a_longer_output_never_pays_less():
   "buffer, window, tokens", [(0.2, 64, 13), (0.2, 20_480, 4096), (5, 64, 5), (1, 1, 1)]
 )
 def test_a_buffer_below_1_is_a_share_of_the_window(buffer, window, tokens):
-  assert overlong_tokens(Objective(overlong_buffer=buffer), window) == tokens
+  assert Objective(overlong_buffer=buffer).overlong_tokens(window) == tokens
 
 
 @pytest.mark.parametrize("buffer, window", [(65, 64), (0.01, 20)])
 def test_a_buffer_that_does_not_fit_is_refused(buffer, window):
   with pytest.raises(UserError, match=r"overlong_buffer=.*1\.\."):
-    overlong_tokens(Objective(overlong_buffer=buffer), window)
+    Objective(overlong_buffer=buffer).overlong_tokens(window)
 
 
 def shaped_rewards(tokens, counts, o, *, ended=True) -> Rewards:

@@ -1,0 +1,60 @@
+"""The settings of a step that GRPO and PPO share, and the rules they obey."""
+
+import dataclasses
+
+from r1jax import support
+from r1jax.errors import UserError
+from r1jax.objective import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+  """R1-Zero's settings; their sources stand in experiments/configs/r1_zero.py."""
+
+  group_size: int = 16  # G
+  minibatches: int = 16  # K updates a rollout, each output in one of them
+  micro_batches: int = 1  # parts of a minibatch whose gradients are summed
+  max_tokens: int = 32_768  # T
+  temperature: float = 1.0
+  top_k: int = 0  # sample from the k most likely tokens; 0: from all
+  top_p: float = 1.0  # sample from the nucleus of this probability; 1: from all
+  keep_sampling_mask: bool = True  # the ratio is taken over the sampled support
+  reference_refresh: int = 400  # updates; 0 never
+  router_bias_rate: float = 0.001  # of the aux-loss-free balance
+  freeze_router_bias: bool = False
+  balance_coef: float = 0.0  # alpha of the sequence-wise balance loss
+  mtp_coef: float = 0.0  # of the MTP loss; it trains the MTP module alone
+  routing_replay: bool = False  # the update uses the experts that the sampler chose
+  traced_groups: int = 2  # groups whose tokens are kept for the report
+  objective: Objective = dataclasses.field(default_factory=Objective)
+
+  def __post_init__(self):
+    """Raises UserError: what came, the rule and the remedy."""
+    if min(self.minibatches, self.micro_batches, self.max_tokens) < 1:
+      raise UserError(
+        "config.grpo: grpo.minibatches, grpo.micro_batches and max_tokens must be at"
+        f" least 1, got {self.minibatches}, {self.micro_batches}, {self.max_tokens}."
+      )
+    if self.reference_refresh % self.minibatches:
+      raise UserError(
+        f"config.grpo.reference_refresh={self.reference_refresh} must be a multiple of"
+        f" minibatches={self.minibatches}: the reference is refreshed between rollouts."
+      )
+    if not self.temperature > 0:
+      raise UserError(
+        f"config.grpo.temperature={self.temperature} must be above 0; a group of greedy"
+        " outputs is one output G times."
+      )
+    support.check(self.top_k, self.top_p)
+    if support.truncates(self.top_k, self.top_p) and not self.keep_sampling_mask:
+      raise UserError(
+        f"config.grpo.keep_sampling_mask=False with top_k={self.top_k},"
+        f" top_p={self.top_p}: probabilities over the whole vocabulary are not those"
+        " that were sampled from, so every ratio would be wrong. Keep the mask, or"
+        " sample with top_k=0 and top_p=1."
+      )
+    self.objective.overlong_tokens(self.max_tokens)
+
+  @property
+  def bias_rate(self) -> float:
+    return 0.0 if self.freeze_router_bias else self.router_bias_rate
