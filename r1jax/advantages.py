@@ -1,7 +1,9 @@
 """Rewards -> advantages: GRPO's group-relative one and its kin, and PPO's GAE.
 
-Each estimator is a function of a rollout's `Rewards` and a row of ADVANTAGES. A group
-whose rewards are all equal gets exactly 0, not rounding noise over an epsilon.
+Each estimator is a function of the rewards of B groups, of which groups there are
+(`filled` [B]; slots that dynamic sampling left empty have no share in any statistic)
+and of the choices, and a row of ADVANTAGES. A group whose rewards are all equal gets
+exactly 0, not rounding noise over an epsilon.
 """
 
 from collections.abc import Callable
@@ -19,24 +21,32 @@ def _centred(rewards: jax.Array) -> jax.Array:
   return jnp.where(equal, 0.0, rewards - rewards.mean(axis=1, keepdims=True))
 
 
-def _std(x: jax.Array, ddof: int, axis: int | None = None) -> jax.Array:
-  """The std, over all values (a scalar) or along an axis (kept)."""
-  count = x.size if axis is None else x.shape[axis]
-  squares = jnp.square(x - x.mean(axis=axis, keepdims=axis is not None))
-  total = squares.sum(axis=axis, keepdims=axis is not None)
-  return jnp.sqrt(total / (count - ddof))
+def _group_std(x: jax.Array, ddof: int) -> jax.Array:
+  """[B, G] -> [B, 1]."""
+  squares = jnp.square(x - x.mean(axis=1, keepdims=True))
+  return jnp.sqrt(squares.sum(axis=1, keepdims=True) / (x.shape[1] - ddof))
+
+
+def _batch_std(x: jax.Array, filled: jax.Array, ddof: int) -> jax.Array:
+  """Over all values of the groups that there are: a scalar."""
+  kept = filled[:, None]
+  count = jnp.maximum(filled.sum() * x.shape[1], ddof + 1)
+  mean = jnp.where(kept, x, 0.0).sum() / count
+  squares = jnp.where(kept, jnp.square(x - mean), 0.0)
+  return jnp.sqrt(squares.sum() / (count - ddof))
+
+
+def _over(x: jax.Array, std: jax.Array, eps: float) -> jax.Array:
+  """x / (std + eps), and x where the std is 0: then x is 0, and eps may be."""
+  return x / jnp.where(std == 0, 1.0, std + eps)
 
 
 def _group_scaled(rewards: jax.Array, o: Objective) -> jax.Array:
   centred = _centred(rewards)
-  return centred / jnp.where(
-    (centred == 0).all(axis=1, keepdims=True),
-    1.0,  # a group of equal rewards with std_eps 0
-    _std(centred, o.std_ddof, axis=1) + o.std_eps,
-  )
+  return _over(centred, _group_std(centred, o.std_ddof), o.std_eps)
 
 
-def grpo(rewards: Rewards, o: Objective) -> jax.Array:
+def grpo(rewards: Rewards, filled: jax.Array, o: Objective) -> jax.Array:
   """A_i = (r_i - mean r) / (std r + std_eps) within each group.
 
   arXiv 2402.03300, section 4.1.1; arXiv 2501.12948, Eq. 3. The papers do not say which
@@ -45,38 +55,39 @@ def grpo(rewards: Rewards, o: Objective) -> jax.Array:
   return _group_scaled(rewards.total, o)
 
 
-def dr_grpo(rewards: Rewards, o: Objective) -> jax.Array:
+def dr_grpo(rewards: Rewards, filled: jax.Array, o: Objective) -> jax.Array:
   """A_i = r_i - mean r: no division that re-weighs problems (arXiv 2503.20783)."""
   return _centred(rewards.total)
 
 
-def rloo(rewards: Rewards, o: Objective) -> jax.Array:
+def rloo(rewards: Rewards, filled: jax.Array, o: Objective) -> jax.Array:
   """A_i = r_i - mean of the other G - 1 rewards (arXiv 2402.14740)."""
   g = rewards.total.shape[1]
   return _centred(rewards.total) * (g / (g - 1))
 
 
-def batch_std(rewards: Rewards, o: Objective) -> jax.Array:
+def batch_std(rewards: Rewards, filled: jax.Array, o: Objective) -> jax.Array:
   """A_i = (r_i - group mean) / (std of the whole batch's rewards + std_eps).
 
   Lite PPO (arXiv 2508.08221); `scale_rewards="batch"` in TRL.
   """
-  std = _std(rewards.total, o.std_ddof)
-  return _centred(rewards.total) / jnp.where(std == 0, 1.0, std + o.std_eps)
+  std = _batch_std(rewards.total, filled, o.std_ddof)
+  return _over(_centred(rewards.total), std, o.std_eps)
 
 
-def gdpo(rewards: Rewards, o: Objective) -> jax.Array:
+def gdpo(rewards: Rewards, filled: jax.Array, o: Objective) -> jax.Array:
   """Each reward is normalised in its group on its own, their weighted sum over the
-  batch: rewards of different scale keep their say (GDPO, arXiv 2601.05242)."""
+  batch: rewards of different scale keep their say (GDPO, arXiv 2601.05242).
+
+  The batch's mean, which the paper subtracts, is 0: every group's is.
+  """
   total = sum(
     weight * _group_scaled(rewards.parts[name], o) for name, weight in rewards.weights
   )
-  std = _std(total, o.std_ddof)
-  scaled = (total - total.mean()) / jnp.where(std == 0, 1.0, std + o.std_eps)
-  return jnp.where(jnp.all(total == total[:1, :1]), 0.0, scaled)
+  return _over(total, _batch_std(total, filled, o.std_ddof), o.std_eps)
 
 
-ADVANTAGES: dict[str, Callable[[Rewards, Objective], jax.Array]] = {
+ADVANTAGES: dict[str, Callable[[Rewards, jax.Array, Objective], jax.Array]] = {
   "grpo": grpo,
   "dr_grpo": dr_grpo,
   "rloo": rloo,
@@ -85,11 +96,12 @@ ADVANTAGES: dict[str, Callable[[Rewards, Objective], jax.Array]] = {
 }
 
 
-def group_relative(rewards: Rewards, o: Objective) -> jax.Array:
+def group_relative(rewards: Rewards, filled: jax.Array, o: Objective) -> jax.Array:
   """The advantage that `o.advantage` names.
 
   Args:
     rewards: [B, G] each, G of 2 or more.
+    filled: [B] bool, the groups that there are.
     o: the choices.
 
   Returns:
@@ -98,7 +110,7 @@ def group_relative(rewards: Rewards, o: Objective) -> jax.Array:
   Raises:
     UserError: no such estimator.
   """
-  return pick(ADVANTAGES, o.advantage, "advantage")(rewards, o)
+  return pick(ADVANTAGES, o.advantage, "advantage")(rewards, filled, o)
 
 
 def gae(

@@ -16,7 +16,8 @@ class Trace:
   tokens: jax.Array  # M T int32
   mask: jax.Array  # M T bool, the tokens with a loss
   logprobs: jax.Array  # M T float32, of the policy being trained
-  old_logprobs: jax.Array  # M T float32; the ratio is exp(logprobs - old_logprobs)
+  old_logprobs: jax.Array  # M T float32
+  ratio: jax.Array  # M T float32, the loss's: of a token or of its whole output
   advantages: jax.Array  # M T float32
   clipped: jax.Array  # M T int8: 0 not, 1 low, 2 high, 3 cap
   place: jax.Array  # M int32, b * G + g
@@ -27,7 +28,7 @@ def trace(rows: Rows, per_token: dict, count: int) -> Trace:
 
   Args:
     rows: with leading axes [K, M].
-    per_token: `logprobs` and `clipped` [K, M, T], from the updates.
+    per_token: `logprobs`, `ratio` and `clipped` [K, M, T], from the updates.
     count: outputs to keep.
   """
   order = jnp.argsort(rows.place.reshape(-1))[:count]
@@ -40,6 +41,7 @@ def trace(rows: Rows, per_token: dict, count: int) -> Trace:
     mask=pick(rows.mask),
     logprobs=pick(per_token["logprobs"]),
     old_logprobs=pick(rows.old_logprobs),
+    ratio=pick(per_token["ratio"]),
     advantages=pick(rows.advantages),
     clipped=pick(per_token["clipped"]),
     place=pick(rows.place),

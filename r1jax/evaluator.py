@@ -42,9 +42,13 @@ class Evaluator:
         top_p=c.grpo.top_p,
       )
       rows = experience.rows_of(prompts, said)
-      logprobs, _ = experience.completion_logprobs(
-        this.policy, *base, rows, c.grpo.temperature
-      )
+
+      def by_base(part):
+        temperature = c.grpo.temperature
+        return experience.completion_logprobs(this.policy, *base, part, temperature)[0]
+
+      # A sample of every problem at a time.
+      logprobs = experience.by_parts(by_base, rows, c.eval.samples)
       return said.spoken(), (rows.sampler_logprobs - logprobs).reshape(said.mask.shape)
 
     self.this = this

@@ -181,8 +181,8 @@ def recall(rows: Rows, state: TrainState, policy: Policy, config: StepConfig) ->
 
 
 def shaped(slots: Slots, rows: Rows, o: Objective, window: int) -> Rewards:
-  """The rule's rewards with what the objective adds: the overlong penalty, the price of
-  a truncated output, and a KL in the reward, each a part of weight 1.
+  """The rule's rewards with what the objective adds, each a part with its coefficient
+  for a weight: the overlong penalty, the price of a truncated output, KL in the reward.
 
   Args:
     slots: the groups.
@@ -193,25 +193,26 @@ def shaped(slots: Slots, rows: Rows, o: Objective, window: int) -> Rewards:
   rewards, rollout = slots.rewards, slots.rollout
   if o.overlong_buffer:
     buffer = o.overlong_tokens(window)
-    penalty = in_graph.overlong(
-      rollout.lengths, window=window, buffer=buffer, penalty=o.overlong_penalty
-    )
-    rewards = rewards.plus("overlong", penalty)
+    near_end = in_graph.overlong(rollout.lengths, window=window, buffer=buffer)
+    rewards = rewards.plus("overlong", o.overlong_penalty, near_end)
   if o.truncated == "penalise":
-    price = jnp.where(rollout.ended, 0.0, -o.truncation_penalty)
-    rewards = rewards.plus("truncation", price)
+    price = jnp.where(rollout.ended, 0.0, -1.0)
+    rewards = rewards.plus("truncation", o.truncation_penalty, price)
   if o.kl_coef and o.kl == "k1-in-reward" and o.advantage != "gae":
     kl = token_kl(rows).sum(axis=1).reshape(rewards.total.shape)
-    rewards = rewards.plus("kl_in_reward", -o.kl_coef * kl)
+    rewards = rewards.plus("kl_in_reward", o.kl_coef, -kl)
   return rewards
 
 
 def token_kl(rows: Rows) -> jax.Array:
   """k1 a token, log pi_old - log pi_reference, [M, T]; 0 where there is no token."""
-  return jnp.where(rows.mask, rows.old_logprobs - rows.reference_logprobs, 0.0)
+  gap = rows.old_logprobs - rows.reference_logprobs
+  return jnp.where(rows.completion_mask, gap, 0.0)
 
 
 def shuffled(rows: Any, key: jax.Array, minibatches: int) -> Any:
-  """Arrays with a first axis of M rows, in a random order, as [K, M / K, ...]."""
+  """Arrays with a first axis of M rows, in a random order, as [K, M / K, ...]; every
+  minibatch is spread over all devices."""
   order = jax.random.permutation(key, jax.tree.leaves(rows)[0].shape[0])
-  return jax.tree.map(lambda x: x[order].reshape(minibatches, -1, *x.shape[1:]), rows)
+  order = order.reshape(minibatches, -1)
+  return jax.tree.map(lambda x: sharding.shard_batch(x[order], axis=1), rows)

@@ -89,7 +89,7 @@ def experience(
   c, o = config, config.objective
   rows = recall(counted(slots, o), state, policy, c)
   rewards = shaped(slots, rows, o, c.max_tokens)
-  advantages = group_relative(rewards, o).reshape(-1, 1)
+  advantages = group_relative(rewards, slots.filled, o).reshape(-1, 1)
   rows = rows.replace(advantages=jnp.broadcast_to(advantages, rows.completions.shape))
   metrics = diagnostics.of_batch(slots, rewards, rows.advantages)
   return shuffled(rows, key_of(key, state.step, SHUFFLE), c.minibatches), metrics
@@ -110,7 +110,7 @@ def update(
     rows: [M, ...], the minibatch.
 
   Returns:
-    (state, metrics, {"logprobs", "clipped"} of every token [M, T]).
+    (state, metrics, {"logprobs", "ratio", "clipped"} of every token [M, T]).
   """
   c = config
   totals = Totals.of(rows)
@@ -139,6 +139,14 @@ def update(
   )
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
+  if c.objective.may_be_empty:
+    # Nothing to learn from: not even AdamW's momentum moves the weights.
+    learnt = rows.mask.any()
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(learnt, new, old),
+      (params, opt_state),
+      (state.params, state.opt_state),
+    )
   router = moe.balance(state.router, load, c.bias_rate) if c.bias_rate else state.router
   step = state.step + 1
   reference = state.reference

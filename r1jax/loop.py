@@ -43,7 +43,8 @@ from r1jax.run import Run, compiled, make_pages, open_workdir, prepare, put_batc
 
 PROGRAMS = (
   *("pretrain_step", "evaluate", "whole_step"),
-  *("start", "advance", "experience", "update"),  # a step in segments
+  # a step in segments
+  *("wave", "start", "advance", "score", "fill", "experience", "update", "trace"),
 )
 
 
@@ -311,7 +312,8 @@ def conclude(this: Run) -> dict:
     "devices": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
     "jax": jax.__version__,
   }
-  title = f"R1-Zero in miniature: {c.task}, seed {c.seed}"
+  name = "PPO" if "ppo" in c else "R1-Zero"
+  title = f"{name} in miniature: {c.task}, {c.objective.preset}, seed {c.seed}"
   report.curves(this.workdir / "curves.png", train, evals, title)
   if c.grpo.traced_groups:
     page = token_report.page(this.traces.rows(), title)

@@ -62,6 +62,11 @@ class Objective:
   def needs_reference(self) -> bool:
     return self.kl_coef > 0
 
+  @property
+  def may_be_empty(self) -> bool:
+    """Whether a minibatch can have no output with a loss."""
+    return self.pool > 1 or self.truncated == "mask"
+
   def overlong_tokens(self, window: int) -> int:
     """The overlong buffer in tokens.
 
@@ -158,7 +163,8 @@ def contradictions(o: Objective) -> list[tuple[bool, str]]:
 
 def inert(o: Objective) -> dict[str, str]:
   """{option: why it has no effect in this combination}."""
-  scaled = o.advantage in ("grpo", "batch_std", "gdpo")
+  scaled = o.advantage not in ("dr_grpo", "rloo", "gae")
+  bounded = o.clip not in ("cispo", "none")
   rules = [
     ("std_ddof std_eps", scaled, f"advantage={o.advantage!r} divides by no std"),
     ("gamma lam", o.advantage == "gae", "only PPO's advantage='gae' discounts"),
@@ -168,7 +174,7 @@ def inert(o: Objective) -> dict[str, str]:
       o.clip_low < 1,
       "a ratio is above 0, so 1 - clip_low is never reached",
     ),
-    ("dual_clip ratio_cap", o.clip == "ppo", f"clip={o.clip!r} has no such bound"),
+    ("dual_clip ratio_cap", bounded, f"clip={o.clip!r} has no such bound"),
     ("kl kl_max force_k1_in_loss", o.kl_coef > 0, "kl_coef=0"),
     ("kl_max", o.kl in ("k3", "ratio-k3"), f"kl={o.kl!r} is no k3"),
     ("force_k1_in_loss", o.kl == "k1-in-loss", f"kl={o.kl!r}"),
@@ -185,6 +191,7 @@ def inert(o: Objective) -> dict[str, str]:
     ),
     ("truncation_penalty", o.truncated == "penalise", f"truncated={o.truncated!r}"),
     ("overlong_penalty", o.overlong_buffer > 0, "overlong_buffer=0"),
+    ("overlong_buffer", o.overlong_penalty > 0, "overlong_penalty=0"),
     ("off_policy_cap off_policy_floor", o.off_policy != "none", "off_policy='none'"),
     (
       "off_policy_floor",

@@ -266,7 +266,8 @@ def policy_loss(
     (scalar, (metrics, per_token)). Metrics are shares of the minibatch's, to be summed
     (names ending in `_max`: to be maximised) over micro-batches; they are means over
     the tokens of an output, then over outputs, whatever the aggregation. per_token
-    holds `logprobs` [m, T], and `clipped` [m, T] int8: 0 not, 1 low, 2 high, 3 cap.
+    holds `logprobs` and `ratio` [m, T], and `clipped` [m, T] int8: 0 not, 1 low,
+    2 high, 3 cap.
 
   Raises:
     UserError: a choice that is in no table.
@@ -308,4 +309,4 @@ def policy_loss(
   for code, side in enumerate(("low", "high", "cap"), start=1):
     if side in bounds:
       clipped = jnp.where(bounds[side], jnp.int8(code), clipped)
-  return loss, stop((metrics, {"logprobs": new, "clipped": clipped}))
+  return loss, stop((metrics, {"logprobs": new, "ratio": ratio, "clipped": clipped}))

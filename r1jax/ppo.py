@@ -50,7 +50,7 @@ class PPOConfig(StepConfig):
   """A step of PPO; gamma and lambda stand in the objective."""
 
   value_clip: float = 0.2  # values stay this near to the old ones in the loss; 0: free
-  whiten: bool = False  # advantages to mean 0, std 1 over the rollout's tokens (verl)
+  whiten: bool = True  # advantages to mean 0, std 1 over the rollout's tokens
 
   def __post_init__(self):
     super().__post_init__()
@@ -269,11 +269,13 @@ def update_value(
 
   grads, metrics, load, _ = accumulate(loss_fn, state.params, batch, c.micro_batches)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  router = {"policy": moe.balance(state.router["policy"], load, c.bias_rate)}
+  router = state.router
+  if c.bias_rate and router:
+    router = {"policy": moe.balance(router["policy"], load, c.bias_rate)}
   state = state.replace(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
-    router=router if c.bias_rate else state.router,
+    router=router,
     opt_state=opt_state,
   )
   return state, {**metrics, "value_grad_norm": optax.tree.norm(grads)}

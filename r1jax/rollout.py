@@ -75,7 +75,7 @@ def start(
   truncated_support: bool = False,
 ) -> Decoding:
   """Prefills each prompt once and sets up the loop's carry."""
-  batch = prompts.tokens.shape[0]
+  batch, cut = prompts.tokens.shape[0], sharding.shard_batch
   seq = Sequence.of_mask(prompts.mask)
   out = policy.apply({"params": params, "router": router}, prompts.tokens, seq)
   rows = (batch, group_size)
@@ -87,20 +87,20 @@ def start(
     prompt_experts = out.experts.astype(jnp.uint8 if few else jnp.int32)
     moe_layers, _, _, active = prompt_experts.shape
     shape = (moe_layers, *rows, max_tokens, active)
-    experts = jnp.zeros(shape, prompt_experts.dtype)
+    experts = cut(jnp.zeros(shape, prompt_experts.dtype), axis=1)
   if truncated_support:
     shape = (*rows, max_tokens, -(-policy.config.vocab // 8))
-    support = jnp.zeros(shape, jnp.uint8)
+    support = cut(jnp.zeros(shape, jnp.uint8))
   return Decoding(
     t=jnp.zeros((), jnp.int32),
-    tokens=jnp.full((*rows, max_tokens), pad_id, jnp.int32),
-    logprobs=jnp.zeros((*rows, max_tokens), jnp.float32),
-    entropy=jnp.zeros((*rows, max_tokens), jnp.float32),
-    lengths=jnp.zeros(rows, jnp.int32),
-    done=jnp.zeros(rows, bool),
-    hidden=sharding.shard_batch(hidden),
-    prefix=out.cache,
-    suffix=jnp.zeros((layers, *rows, max_tokens, latent), out.cache.dtype),
+    tokens=cut(jnp.full((*rows, max_tokens), pad_id, jnp.int32)),
+    logprobs=cut(jnp.zeros((*rows, max_tokens), jnp.float32)),
+    entropy=cut(jnp.zeros((*rows, max_tokens), jnp.float32)),
+    lengths=cut(jnp.zeros(rows, jnp.int32)),
+    done=cut(jnp.zeros(rows, bool)),
+    hidden=cut(hidden),
+    prefix=cut(out.cache, axis=1),
+    suffix=cut(jnp.zeros((layers, *rows, max_tokens, latent), out.cache.dtype), axis=1),
     prompt_experts=prompt_experts,
     experts=experts,
     support=support,

@@ -75,8 +75,6 @@ def idle(config: ConfigDict) -> list[str]:
     config.grpo,
     presets.without_effect(config.objective.preset, **chosen(config)),
   )
-  if g.freeze_router_bias and g.router_bias_rate:
-    said.append("grpo.router_bias_rate has no effect with grpo.freeze_router_bias.")
   if not g.keep_sampling_mask:
     said.append("grpo.keep_sampling_mask has no effect: nothing is truncated.")
   return said
@@ -244,6 +242,13 @@ def check(config: ConfigDict, devices: int) -> None:
       o.filter_on in ("reward", *REWARD_PARTS),
       f"objective.filter_on={o.filter_on!r} is neither 'reward' nor one of its parts,"
       f" {', '.join(REWARD_PARTS)}",
+    ),
+    (
+      o.pool == 1
+      or o.filter_on == "reward"
+      or config_get(c, f"reward.{o.filter_on}_weight") > 0,
+      f"objective.filter_on={o.filter_on!r} chooses groups by a part of the reward"
+      f" whose weight, reward.{o.filter_on}_weight, is 0: their advantages would be 0",
     ),
     (
       0 < c.data.held_out < 1,

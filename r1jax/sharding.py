@@ -100,12 +100,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def shard_batch(x: jax.Array) -> jax.Array:
-  """Keeps the first axis of an activation cut over the data axes of the current mesh.
+def shard_batch(x: jax.Array, axis: int = 0) -> jax.Array:
+  """Keeps an axis of rows cut over the data axes of the current mesh.
 
   Without a mesh (`jax.set_mesh`) it is the identity.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  return jax.lax.with_sharding_constraint(x, P(("fsdp", "expert")))
+  cut = *([None] * axis), ("fsdp", "expert")
+  return jax.lax.with_sharding_constraint(x, P(*cut))

@@ -40,10 +40,10 @@ class StepConfig:
         f"config.grpo.reference_refresh={self.reference_refresh} must be a multiple of"
         f" minibatches={self.minibatches}: the reference is refreshed between rollouts."
       )
-    if not self.temperature > 0:
+    if not self.temperature > 0 or self.top_k == 1:
       raise UserError(
-        f"config.grpo.temperature={self.temperature} must be above 0; a group of greedy"
-        " outputs is one output G times."
+        f"config.grpo.temperature={self.temperature} must be above 0 and top_k="
+        f"{self.top_k} not 1; a group of greedy outputs is one output G times."
       )
     support.check(self.top_k, self.top_p)
     if support.truncates(self.top_k, self.top_p) and not self.keep_sampling_mask:

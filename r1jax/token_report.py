@@ -23,9 +23,9 @@ h2 { font-size: 1em; margin: 1.5em 0 .3em; }
 def rows(trace: Trace, tokenizer: Tokenizer, group_size: int) -> Iterator[dict]:
   """One JSON-like row an output: its tokens as text, and numbers a token."""
   for i, mask in enumerate(np.asarray(trace.mask)):
-    new, old, advantage = (
+    logprob, ratio, advantage = (
       np.asarray(x, np.float64)[i, mask]
-      for x in (trace.logprobs, trace.old_logprobs, trace.advantages)
+      for x in (trace.logprobs, trace.ratio, trace.advantages)
     )
     ids = np.asarray(trace.tokens)[i, mask]
     group, sample = divmod(int(trace.place[i]), group_size)
@@ -33,8 +33,8 @@ def rows(trace: Trace, tokenizer: Tokenizer, group_size: int) -> Iterator[dict]:
       "group": group,
       "sample": sample,
       "tokens": [tokenizer.decode([t]) or tokenizer.piece(t) for t in ids.tolist()],
-      "logprob": np.round(new, 4).tolist(),
-      "ratio": np.round(np.exp(new - old), 4).tolist(),
+      "logprob": np.round(logprob, 4).tolist(),
+      "ratio": np.round(ratio, 4).tolist(),
       "advantage": np.round(advantage, 4).tolist(),
       "clipped": [SIDES[c] for c in np.asarray(trace.clipped)[i, mask].tolist()],
     }

@@ -15,7 +15,8 @@ from r1jax.rewards.in_graph import Rewards
 def advantage(rewards, name="grpo", **choices):
   """Of one reward [B, G], as NumPy."""
   rewards = Rewards.of(rule=(1.0, jnp.asarray(rewards)))
-  return np.asarray(group_relative(rewards, Objective(advantage=name, **choices)))
+  o = Objective(advantage=name, **choices)
+  return np.asarray(group_relative(rewards, jnp.ones(len(rewards.total), bool), o))
 
 
 def random_parts(seed=0, batch=5, group=7):
@@ -39,7 +40,7 @@ def test_every_estimator_equals_the_oracle(name, group, ddof, eps):
       for i, (w, x) in enumerate(zip(weights, parts, strict=True))
     }
     o = Objective(advantage=name, std_ddof=ddof, std_eps=eps)
-    got = group_relative(Rewards.of(**named), o)
+    got = group_relative(Rewards.of(**named), jnp.ones(len(parts[0]), bool), o)
   want = oracle.advantages(name, parts, weights, std_ddof=ddof, std_eps=eps)
   assert got.dtype == np.float64
   np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-12)
@@ -76,7 +77,7 @@ def test_groups_do_not_touch_each_other(name):
   np.testing.assert_allclose(advantage(rewards, name), np.stack(alone), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n in ADVANTAGES if n != "gdpo"])
+@pytest.mark.parametrize("name", ADVANTAGES)
 def test_an_equal_group_beside_a_mixed_one_stays_zero(name):
   a = advantage(np.float32([[0.1, 0.1, 0.1], [0.1, 0.1, 0.4]]), name)
   assert np.array_equal(a[0], np.zeros(3))
@@ -96,6 +97,33 @@ def test_fractional_rewards_are_not_lost(name):
   assert len(set(a[0].tolist())) == 4 and a.dtype == np.float32
 
 
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_an_empty_slot_has_no_share_in_any_statistic(name):
+  rewards = np.random.default_rng(2).normal(size=(5, 4)).astype(np.float32)
+  filled = np.array([True, False, True, False, True])
+  o = Objective(advantage=name)
+  both = [
+    Rewards.of(a=(1.0, jnp.asarray(x)), b=(0.5, jnp.asarray(x**2)))
+    for x in (np.where(filled[:, None], rewards, 7.0), rewards[filled])
+  ]
+  got = group_relative(both[0], jnp.asarray(filled), o)
+  want = group_relative(both[1], jnp.ones(3, bool), o)
+  np.testing.assert_allclose(got[filled], want, rtol=1e-5)
+
+
+def test_gdpo_gives_a_reward_the_say_of_its_weight():
+  """A coefficient is the weight of a normalised part: it must not cancel."""
+  rule = jnp.asarray(np.float32([[1, 0, 0, 1]]))
+  kl = jnp.asarray(np.float32([[0, 3, 0, 3]]))
+  o, there = Objective(advantage="gdpo"), jnp.ones(1, bool)
+  light, heavy = (
+    group_relative(Rewards.of(rule=(1.0, rule)).plus("kl", w, -kl), there, o)
+    for w in (1e-3, 1.0)
+  )
+  np.testing.assert_allclose(light, [[0.866, -0.866, -0.866, 0.866]], atol=5e-3)
+  assert abs(float(heavy[0, 3])) < 1e-3 < float(light[0, 3])
+
+
 def test_leave_one_out_is_the_mean_of_the_others():
   rewards = np.float32([[1.0, 0.0, 0.5, 0.25]])
   a = advantage(rewards, "rloo")[0]
@@ -109,8 +137,9 @@ def test_gdpo_keeps_rewards_apart_that_a_sum_confuses():
   right = jnp.asarray(np.float32([[1, 0, 0, 0, 0]]))
   form = jnp.asarray(np.float32([[0, 1, 1, 1, 0]]))
   rewards = Rewards.of(accuracy=(1.0, right), format=(1.0, form))
-  together = group_relative(rewards, Objective(advantage="grpo"))
-  apart = group_relative(rewards, Objective(advantage="gdpo"))
+  there = jnp.ones(1, bool)
+  together = group_relative(rewards, there, Objective(advantage="grpo"))
+  apart = group_relative(rewards, there, Objective(advantage="gdpo"))
   assert together[0, 0] == together[0, 1]
   assert apart[0, 0] > apart[0, 1] > apart[0, 4]
 

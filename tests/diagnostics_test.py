@@ -115,9 +115,8 @@ def test_a_trace_says_what_the_loss_said(traced):
     np.testing.assert_allclose(
       trace.logprobs[i][kept], logprobs[kept], rtol=1e-5, atol=1e-6
     )
-    ratio = np.exp(trace.logprobs[i] - trace.old_logprobs[i])
     np.testing.assert_allclose(
-      ratio[kept], np.exp(logprobs - row.old_logprobs)[kept], rtol=1e-5
+      trace.ratio[i][kept], np.exp(logprobs - row.old_logprobs)[kept], rtol=1e-5
     )
     assert np.array_equal(trace.advantages[i], row.advantages)
     assert np.array_equal(trace.clipped[i], clipped)
@@ -148,7 +147,7 @@ def test_no_traced_group_is_an_empty_trace():
     golden.prompt_batch(1), fake_rollout(mask), Rewards.of(x=(1.0, jnp.zeros((1, 2))))
   )
   rows = jax.tree.map(lambda x: x[None], rows_of(slots.prompts, slots.rollout))
-  zeros = {"logprobs": jnp.zeros((1, 2, 3)), "clipped": jnp.zeros((1, 2, 3), jnp.int8)}
+  zeros = {name: jnp.zeros((1, 2, 3)) for name in ("logprobs", "ratio", "clipped")}
   assert diagnostics.trace(rows, zeros, 0).tokens.shape == (0, 3)
   everything = diagnostics.trace(rows, zeros, 100)  # more than there is
   assert np.array_equal(everything.place, [0, 1])
@@ -181,7 +180,7 @@ def batch_of(filled, seed=0, added=True):
     surplus=jnp.asarray(2),
   )
   extra = jnp.asarray(rng.normal(size=(batch, 3)), jnp.float32)
-  rewards = slots.rewards.plus("overlong", extra) if added else slots.rewards
+  rewards = slots.rewards.plus("overlong", 1.0, extra) if added else slots.rewards
   advantages = np.float32(rng.normal(size=(batch * 3, 7)))
   return slots, rewards, advantages
 
@@ -305,6 +304,7 @@ def trace(tokenizer):
     mask=mask,
     logprobs=np.float32(old + 0.3 * rng.normal(size=mask.shape)),
     old_logprobs=old,
+    ratio=np.float32(np.exp(rng.normal(size=mask.shape))),  # as of a whole output
     advantages=np.float32(rng.normal(size=(4, 1)) * np.ones(mask.shape)),
     clipped=clipped.astype(np.int8),
     place=np.arange(4, dtype=np.int32) + 2,  # groups 1 and 2
@@ -326,10 +326,9 @@ def test_rows_hold_every_token_of_the_loss_with_its_numbers(rows, trace):
     mask = trace.mask[i]
     columns = ("tokens", "logprob", "ratio", "advantage", "clipped")
     assert {len(row[c]) for c in columns} == {mask.sum()}
-    ratio = np.exp(trace.logprobs[i] - trace.old_logprobs[i])
     for name, want in [
       ("logprob", trace.logprobs[i]),
-      ("ratio", ratio),
+      ("ratio", trace.ratio[i]),
       ("advantage", trace.advantages[i]),
     ]:
       np.testing.assert_allclose(row[name], want[mask], atol=6e-5)

@@ -276,21 +276,20 @@ def by_the_oracle(o: Objective, flat, parts, weights, lengths, ended):
   parts, weights = list(parts), list(weights)
   if o.overlong_buffer:
     buffer = round(o.overlong_buffer * WINDOW)
-    values = [
-      oracle.overlong(n, WINDOW, buffer, o.overlong_penalty) for n in lengths.ravel()
-    ]
+    values = [oracle.overlong(n, WINDOW, buffer, 1.0) for n in lengths.ravel()]
     parts.append(np.reshape(values, lengths.shape))
-    weights.append(1.0)
+    weights.append(o.overlong_penalty)
   if o.truncated == "penalise":
-    parts.append(np.where(ended, 0.0, -o.truncation_penalty))
-    weights.append(1.0)
+    parts.append(np.where(ended, 0.0, -1.0))
+    weights.append(o.truncation_penalty)
   in_mean = np.ones(lengths.size, bool)
   in_loss = ended.ravel() if o.truncated == "mask" else in_mean
   if o.kl == "k1-in-reward" and o.kl_coef:
-    keep = flat["m"] & in_loss[:, None]
-    kl = [float((a - b)[k].sum()) for a, b, k in zip(old, flat["f"], keep, strict=True)]
-    parts.append(-o.kl_coef * np.reshape(kl, lengths.shape))
-    weights.append(1.0)
+    kl = [
+      float((a - b)[k].sum()) for a, b, k in zip(old, flat["f"], flat["m"], strict=True)
+    ]
+    parts.append(-np.reshape(kl, lengths.shape))
+    weights.append(o.kl_coef)
   a = oracle.advantages(
     o.advantage, np.stack(parts), weights, std_ddof=o.std_ddof, std_eps=o.std_eps
   )
@@ -331,7 +330,7 @@ def preset_case(preset, situation, changes):
   if o.old_logprobs == "trainer":
     rows = rows.replace(old_logprobs=jnp.asarray(flat["o"]))
   rewards = experience.shaped(slots, rows, o, WINDOW)
-  a = advantages.group_relative(rewards, o).reshape(-1, 1)
+  a = advantages.group_relative(rewards, slots.filled, o).reshape(-1, 1)
   rows = rows.replace(advantages=jnp.broadcast_to(a, rows.completions.shape))
   totals = policy_loss.Totals.of(rows)
   loss, gradient = jax.value_and_grad(

@@ -13,7 +13,7 @@ import optax
 import oracle
 import pytest
 
-from r1jax import grpo, ppo
+from r1jax import grpo, ppo, sharding
 from r1jax.advantages import gae
 from r1jax.dynamic_sampling import all_of
 from r1jax.errors import UserError
@@ -408,6 +408,23 @@ def test_a_group_of_one_is_refused_with_dynamic_sampling():
   with pytest.raises(UserError, match=r"pool=3 with grpo\.group_size=1"):
     ppo_config(group_size=1, objective=pooled)
   ppo_config(group_size=2, objective=pooled)
+
+
+def test_a_policy_without_experts_can_be_trained():
+  """The value model's router has the structure of its shardings: none."""
+  policy = golden.tiny_policy(dense_layers=1, dense_ffn=16)
+  params, router = golden.weights(policy)
+  state = ppo.restart(
+    params, router, golden.optimizer(), golden.optimizer(), reference=True
+  )
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  laid_out = ppo.shardings(
+    policy, golden.optimizer(), golden.optimizer(), mesh, reference=True
+  )
+  assert jax.tree.structure(state) == jax.tree.structure(laid_out)
+  step = make_step(ppo_config(), policy=policy)
+  after, *_ = jax.eval_shape(step, state, golden.prompt_batch(), jax.random.key(7))
+  assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
 def test_one_output_a_prompt_is_enough_for_ppo():

@@ -125,6 +125,12 @@ REFUSED = [
     1,
     ["keep_sampling_mask=False", "top_p=0.9"],
   ),
+  (dict(grpo__top_k=1), 1, ["top_k=1", "greedy"]),
+  (
+    dict(objective__preset="dapo", reward__accuracy_weight=0.0),
+    1,
+    ["filter_on='accuracy'", "reward.accuracy_weight"],
+  ),
   (dict(grpo__mtp_coef=0.3), 1, ["grpo.mtp_coef=0.3", "model.mtp_depth=1"]),
   (
     dict(grpo__routing_replay=True, model__dense_layers=3),
@@ -244,9 +250,9 @@ def test_a_choice_without_effect_is_reported_and_a_presets_own_is_not():
   assert "std_eps=0.0001 has no effect" in said[1] and "'dr_grpo'" in said[1]
 
 
-def test_switches_of_the_policy_without_effect_are_reported():
-  said = settings.idle(changed(grpo__freeze_router_bias=True))
-  assert len(said) == 1 and "router_bias_rate" in said[0]
+def test_switches_of_the_sampler_without_effect_are_reported():
+  said = settings.idle(changed(grpo__keep_sampling_mask=False))
+  assert len(said) == 1 and "keep_sampling_mask" in said[0]
 
 
 def test_ppo_has_its_own_config_and_refuses_segments():

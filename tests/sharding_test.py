@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from r1jax import grpo, sharding, train_state
+from r1jax import experience, grpo, rollout, sharding, train_state
 from r1jax.errors import UserError
 from r1jax.objective import Objective
 from r1jax.optimizer import OptimizerConfig, make_optimizer
@@ -152,3 +152,38 @@ def test_one_size_may_be_left_open(shape, devices, full):
 def test_a_mesh_that_does_not_fit_is_refused_with_a_remedy(shape, devices):
   with pytest.raises(UserError, match=r"config\.mesh=.*8 devices.*\(-1, 1, 1\)"):
     sharding.check_mesh(shape, devices)
+
+
+def test_rows_of_a_rollout_and_of_minibatches_are_cut_from_the_start():
+  """Also where the pieces are programs of their own: neither the empty cache nor the
+  shuffled rows stand whole on every device."""
+  policy = POLICIES["dense"]
+  mesh = sharding.make_mesh((8, 1, 1))
+  params, router = golden.weights(policy)
+  with jax.set_mesh(mesh):
+    batch = jax.device_put(golden.prompt_batch(8), sharding.batch_sharding(mesh))
+
+    def start(params, router, batch):
+      return rollout.start(
+        policy,
+        params,
+        router,
+        batch,
+        group_size=4,
+        max_tokens=6,
+        pad_id=0,
+        truncated_support=True,
+      )
+
+    carry = jax.jit(start)(params, router, batch)
+    rows = {"x": jax.device_put(np.zeros((64, 3)), sharding.batch_sharding(mesh))}
+    parts = jax.jit(experience.shuffled, static_argnums=2)(rows, jax.random.key(0), 2)
+  for name in ("tokens", "logprobs", "done", "hidden", "support"):
+    x = getattr(carry, name)
+    assert x.addressable_shards[0].data.shape == (1, *x.shape[1:]), name
+  for name in ("prefix", "suffix", "experts", "prompt_experts"):
+    x = getattr(carry, name)
+    shard = x.addressable_shards[0].data.shape
+    assert shard == (x.shape[0], 1, *x.shape[2:]), name
+  assert parts["x"].shape == (2, 32, 3)
+  assert parts["x"].addressable_shards[0].data.shape == (2, 4, 3)

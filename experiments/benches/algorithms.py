@@ -1,4 +1,4 @@
-"""Every preset of the objective, and PPO, on the same base with the same budget.
+"""Every preset of the objective, and PPO: the same base, the same number of updates.
 
 For each seed the first row pre-trains the base and the others start from a copy of it.
 Runs are processes of experiments.r1_zero or experiments.ppo, one a core.
@@ -23,6 +23,7 @@ import rich.progress
 
 from r1jax import presets
 from r1jax.errors import UserError
+from r1jax.metrics import MetricsFile
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "algorithms.md"
 BEGIN, END = "<!-- algorithms: begin -->\n", "<!-- algorithms: end -->\n"
@@ -100,6 +101,11 @@ def run(options: argparse.Namespace) -> dict:
       f"--seeds={options.seeds} and --steps={options.steps} must be at least 1 and"
       f" --jobs={options.jobs} 0 or more."
     )
+  if options.write and (options.presets or options.flags):
+    raise UserError(
+      "--write puts the table of all rows at their own sizes into the docs; leave out"
+      " --presets and the flags of a run."
+    )
   root = pathlib.Path(options.workdir).resolve()
   shared = [f"--config.steps={options.steps}", *options.flags]
   cores: queue.Queue[int | None] = queue.Queue()
@@ -127,14 +133,14 @@ def run(options: argparse.Namespace) -> dict:
     # The first row makes the bases, so it goes first.
     for part in (rows[:1], rows[1:]):
       jobs = [(row, seed) for row in part for seed in range(options.seeds)]
-      for name, seed, summary in pool.map(lambda job: one(*job), jobs):
-        results[name].append(figures(summary))
+      for name, seed, row in pool.map(lambda job: one(*job), jobs):
+        results[name].append(row)
         bar.advance(task)
         bar.console.print(
-          f"{name}, seed {seed}: pass@1 {summary['final']['pass_at_1']:.2f}",
+          f"{name}, seed {seed}: pass@1 {row['pass_at_1']:.2f}",
           highlight=False,
         )
-  table = markdown(results)
+  table = caption(options, results) + markdown(results)
   print(table)
   if options.write:
     write(table)
@@ -170,10 +176,13 @@ def start(
   """One run in a process of its own, on one core; returns its summary."""
   workdir = root / row.folder / f"seed_{seed}"
   base = root / first.folder / f"seed_{seed}"
-  if row != first and not (workdir / "checkpoints").exists():
-    (workdir / "checkpoints").mkdir(parents=True)
+  if row != first and not (workdir / "tokenizer.model").exists():
+    # The tokenizer comes last and by a rename: where it is, the copy is whole.
+    shutil.rmtree(workdir, ignore_errors=True)
     shutil.copytree(base / "checkpoints" / "base", workdir / "checkpoints" / "base")
-    shutil.copy(base / "tokenizer.model", workdir / "tokenizer.model")
+    partial = workdir / "tokenizer.partial"
+    shutil.copy(base / "tokenizer.model", partial)
+    partial.rename(workdir / "tokenizer.model")
   command = [sys.executable, "-m", row.module, *row.flags, *flags]
   command += [f"--config.seed={seed}", f"--workdir={workdir}"]
   log = root / row.folder / f"seed_{seed}.log"
@@ -191,11 +200,12 @@ def start(
     raise UserError(
       f"{row.name}, seed {seed} ended with code {code}: {last[0]} ({log})"
     )
-  return json.loads((workdir / "summary.json").read_text())
+  summary = json.loads((workdir / "summary.json").read_text())
+  return figures(summary, MetricsFile(workdir / "metrics.jsonl").phase("rl"))
 
 
-def figures(summary: dict) -> dict:
-  """What the table shows of a run."""
+def figures(summary: dict, steps: list[dict]) -> dict:
+  """What the table shows of a run. Args: its summary, and the metrics of its steps."""
   final = summary["final"]
   return {
     "seed": summary["seed"],
@@ -203,8 +213,21 @@ def figures(summary: dict) -> dict:
     "half_way_pass_at_1": summary["half_way"]["pass_at_1"],
     **{name: final[name] for name in COLUMNS if name in final},
     "reflection_rate": final["reflection_rate"],
+    "rollouts": sum(row["waves"] for row in steps),
     "rl_seconds": summary["seconds"]["rl"],
+    "devices": summary["devices"],
+    "jax": summary["jax"],
   }
+
+
+def caption(options: argparse.Namespace, results: dict[str, list[dict]]) -> str:
+  """What was run, and on what."""
+  run = next(iter(results.values()))[0]
+  return (
+    f"The same number of updates, {options.steps}, from the same base, means over"
+    f" {options.seeds} seeds; 64 held-out problems x 16 samples; one process a core,"
+    f" {run['devices']}, JAX {run['jax']}. Seeds differ by as much as many rows do.\n\n"
+  )
 
 
 def markdown(results: dict[str, list[dict]]) -> str:
@@ -218,17 +241,18 @@ def markdown(results: dict[str, list[dict]]) -> str:
 
 def _lines(results: dict[str, list[dict]], mean) -> Iterator[str]:
   yield (
-    "| | pass@1 base → half way → end | (seeds) | length | KL to the base | RL seconds"
-    " | what to expect |"
+    "| | pass@1 base → half way → end | (seeds) | length | KL to the base | rollouts |"
+    " RL seconds | what to expect |"
   )
-  yield "|---|---|---|---|---|---|---|"
+  yield "|---" * 8 + "|"
   for name, runs in results.items():
     path = ("base_pass_at_1", "half_way_pass_at_1", "pass_at_1")
     steps = " → ".join(f"{mean(name, key):.2f}" for key in path)
     seeds = " ".join(f"{run['pass_at_1']:.2f}" for run in runs)
     yield (
       f"| `{name}` | {steps} | {seeds} | {mean(name, 'mean_length'):.1f}"
-      f" | {mean(name, 'kl_to_base'):.2f} | {mean(name, 'rl_seconds'):.0f}"
+      f" | {mean(name, 'kl_to_base'):.3f} | {mean(name, 'rollouts'):.0f}"
+      f" | {mean(name, 'rl_seconds'):.0f}"
       f" | {EXPECT.get(name, '')} |"
     )
 

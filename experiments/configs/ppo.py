@@ -25,5 +25,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
   c.ppo = ConfigDict()
   c.ppo.value_learning_rate = 1e-3  # of the value model, with the policy's schedule
   c.ppo.value_clip = 0.2  # values stay this near to the old ones in the loss; 0: free
-  c.ppo.whiten = False  # advantages to mean 0, std 1 over the rollout's tokens (verl)
+  c.ppo.whiten = (
+    True  # advantages to mean 0, std 1 over the rollout's tokens: verl, TRL
+  )
   return c.lock()

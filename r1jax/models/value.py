@@ -43,6 +43,5 @@ def from_policy(params: Any, router: Any, width: int) -> tuple[dict, dict]:
   """
   trunk = jax.tree.map(jnp.copy, params)
   head = jnp.zeros((width,), jnp.float32)
-  return {"policy": trunk, "value_head": head}, {
-    "policy": jax.tree.map(jnp.copy, router)
-  }
+  biases = {"policy": jax.tree.map(jnp.copy, router)} if router else {}
+  return {"policy": trunk, "value_head": head}, biases

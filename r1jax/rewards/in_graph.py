@@ -35,12 +35,12 @@ class Rewards:
       weights=tuple((name, float(w)) for name, (w, _) in weighted.items()),
     )
 
-  def plus(self, name: str, part: jax.Array) -> "Rewards":
-    """With one more part, of weight 1."""
+  def plus(self, name: str, weight: float, part: jax.Array) -> "Rewards":
+    """With one more part."""
     return Rewards(
-      total=self.total + part,
+      total=self.total + weight * part,
       parts={**self.parts, name: part},
-      weights=(*self.weights, (name, 1.0)),
+      weights=(*self.weights, (name, float(weight))),
     )
 
 
@@ -134,12 +134,10 @@ def format_reward(
   return (once & ordered & filled & ~outside).astype(jnp.float32)
 
 
-def overlong(
-  lengths: jax.Array, *, window: int, buffer: int, penalty: float
-) -> jax.Array:
-  """The soft penalty of length.py, in tokens. Args: lengths [B, G] int32."""
+def overlong(lengths: jax.Array, *, window: int, buffer: int) -> jax.Array:
+  """The soft penalty of length.py, 0 to -1, in tokens. Args: lengths [B, G] int32."""
   over = lengths.astype(float) - (window - buffer)
-  return -penalty * jnp.clip(over / buffer, 0.0, 1.0)
+  return -jnp.clip(over / buffer, 0.0, 1.0)
 
 
 def rule_reward(

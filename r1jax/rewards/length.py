@@ -1,8 +1,8 @@
 """Length: DAPO's soft penalty on outputs that come near the window's end."""
 
 
-def overlong(length: int, *, window: int, buffer: int, penalty: float) -> float:
-  """0 up to window - buffer tokens, then linearly down to -penalty at the window.
+def overlong(length: int, *, window: int, buffer: int) -> float:
+  """0 up to window - buffer tokens, then linearly down to -1 at the window.
 
     R_length = ((window - buffer) - length) / buffer   (arXiv 2503.14476, Eq. 13)
 
@@ -10,7 +10,6 @@ def overlong(length: int, *, window: int, buffer: int, penalty: float) -> float:
     length: tokens of the output. Tokens, never characters.
     window: the most tokens an output can have, L_max.
     buffer: L_cache, tokens; 1 or more.
-    penalty: what the last token of the window costs.
   """
   over = length - (window - buffer)
-  return -penalty * min(max(over / buffer, 0.0), 1.0)
+  return -min(max(over / buffer, 0.0), 1.0)

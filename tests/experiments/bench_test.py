@@ -18,6 +18,7 @@ RUN = dict(
   mean_length=30.0,
   kl_to_base=0.5,
   rl_seconds=60.0,
+  rollouts=40.0,
   reflection_rate=1.0,
 )
 
@@ -59,10 +60,11 @@ def test_the_docs_keep_everything_around_the_table(tmp_path, monkeypatch):
     ("--presets=paper,grpo", ["'grpo'", "dr_grpo"]),
     ("--seeds=0", ["--seeds=0", "at least 1"]),
     ("--jobs=-1", ["--jobs=-1"]),
+    ("--presets=paper --write", ["--write", "leave out --presets"]),
   ],
 )
 def test_a_mistake_is_one_line_and_code_2(flag, words):
-  done = bench("algorithms", flag)
+  done = bench("algorithms", *flag.split())
   assert done.returncode == 2 and done.stderr.startswith("error: ")
   assert len(done.stderr.strip().splitlines()) == 1
   for word in words:

@@ -236,15 +236,15 @@ def test_the_rule_reward_is_the_weighted_sum(prefill):
   assert got.total.dtype == jnp.float32
 
 
-def test_a_further_part_has_weight_one_and_leaves_the_others_as_they_were():
+def test_a_further_part_has_its_weight_and_leaves_the_others_as_they_were():
   first, price = jnp.asarray([[1.0, 0.0]]), jnp.asarray([[-0.5, 0.25]])
   one = in_graph.Rewards.of(accuracy=(2.0, first))
-  both = one.plus("price", price)
+  both = one.plus("price", 2.0, price)
   assert one.total.tolist() == [[2.0, 0.0]] and set(one.parts) == {"accuracy"}
-  assert both.total.tolist() == [[1.5, 0.25]]
+  assert both.total.tolist() == [[1.0, 0.5]]
   assert both.parts["accuracy"].tolist() == [[1.0, 0.0]]
   assert both.parts["price"].tolist() == [[-0.5, 0.25]]
-  assert both.weights == (("accuracy", 2.0), ("price", 1.0))
+  assert both.weights == (("accuracy", 2.0), ("price", 2.0))
 
 
 # -- where tokens and text part, on purpose --------------------------------------------

@@ -17,26 +17,25 @@ from r1jax.rewards.in_graph import Rewards
 from r1jax.rollout import Rollout
 
 WINDOWS = [  # window, buffer, penalty
-  (64, 13, 1.0),
-  (20, 4, 0.5),
-  (20, 20, 2.0),  # the slope starts at the first token
-  (7, 1, 1.0),  # only the last token costs
-  (1, 1, 1.0),
-  (30, 7, 0.0),
+  (64, 13),
+  (20, 4),
+  (20, 20),  # the slope starts at the first token
+  (7, 1),  # only the last token costs
+  (1, 1),
 ]
 
 
-@pytest.mark.parametrize("window, buffer, penalty", WINDOWS)
-def test_the_host_rule_is_the_formula_at_every_length(window, buffer, penalty):
-  how = dict(window=window, buffer=buffer, penalty=penalty)
+@pytest.mark.parametrize("window, buffer", WINDOWS)
+def test_the_host_rule_is_the_formula_at_every_length(window, buffer):
+  how = dict(window=window, buffer=buffer)
   for n in range(window + 1):
-    want = oracle.overlong(n, **how)
+    want = oracle.overlong(n, **how, penalty=1.0)
     np.testing.assert_allclose(length.overlong(n, **how), want, atol=1e-12)
 
 
-@pytest.mark.parametrize("window, buffer, penalty", WINDOWS)
-def test_the_twin_in_the_graph_equals_the_host_rule(window, buffer, penalty):
-  how = dict(window=window, buffer=buffer, penalty=penalty)
+@pytest.mark.parametrize("window, buffer", WINDOWS)
+def test_the_twin_in_the_graph_equals_the_host_rule(window, buffer):
+  how = dict(window=window, buffer=buffer)
   lengths = jnp.arange(window + 1, dtype=jnp.int32)[None]
   got = in_graph.overlong(lengths, **how)
   assert got.dtype == jnp.float32
@@ -46,13 +45,13 @@ def test_the_twin_in_the_graph_equals_the_host_rule(window, buffer, penalty):
 
 def test_dapos_numbers():
   """20,480 tokens of which the last 4,096 are the buffer (arXiv 2503.14476)."""
-  how = dict(window=20_480, buffer=4096, penalty=1.0)
+  how = dict(window=20_480, buffer=4096)
   got = [length.overlong(n, **how) for n in (0, 16_384, 18_432, 20_480, 30_000)]
   np.testing.assert_allclose(got, [0, 0, -0.5, -1, -1])
 
 
 def test_a_longer_output_never_pays_less():
-  got = [length.overlong(n, window=30, buffer=9, penalty=2.0) for n in range(31)]
+  got = [length.overlong(n, window=30, buffer=9) for n in range(31)]
   assert (np.diff(got) <= 0).all()
   assert got[21] == 0 > got[22]
 
@@ -109,10 +108,10 @@ def test_overlong_counts_tokens_not_characters():
   assert characters == [81, 9, 63, 7]  # all on other sides of the bound but one
   o = Objective(overlong_buffer=4, overlong_penalty=2.0)
   rewards = shaped_rewards(tokens, counts, o)
-  want = [-1.5, -1.5, -0.5, -0.5]
+  want = np.array([-0.75, -0.75, -0.25, -0.25])
   np.testing.assert_allclose(rewards.parts["overlong"][0], want, rtol=1e-6)
-  np.testing.assert_allclose(rewards.total[0], 0.25 + np.array(want), rtol=1e-6)
-  assert rewards.weights[-1] == ("overlong", 1.0)
+  np.testing.assert_allclose(rewards.total[0], 0.25 + 2 * want, rtol=1e-6)
+  assert rewards.weights[-1] == ("overlong", 2.0)
 
 
 def test_padding_after_the_end_costs_nothing():
