@@ -186,9 +186,11 @@ def scored_slots():
   return all_of(golden.prompt_batch(2), rollout, Rewards.of(score=(1.0, SCORES)))
 
 
-def returns_of(objective, *, reference):
+def returns_of(objective, *, reference, **changes):
   """(batch, metrics, a token's return without KL) of `ppo.experience`, with V = 0."""
-  config = ppo_config(minibatches=1, objective=objective, group_size=2, micro_batches=1)
+  config = ppo_config(
+    minibatches=1, objective=objective, group_size=2, micro_batches=1, **changes
+  )
   program = jax.jit(functools.partial(ppo.experience, policy=POLICY, config=config))
   state = new_state(reference=reference)
   batch, metrics = program(state, scored_slots(), jax.random.key(7))
@@ -206,6 +208,18 @@ def test_fractional_rewards_reach_the_value_models_targets_unchanged():
   assert np.array_equal(batch.rows.advantages[0], want)
   np.testing.assert_allclose(
     [metrics["advantage_max"], metrics["advantage_min"]], [0.9, -0.5], rtol=1e-6
+  )
+
+
+def test_whitening_scales_advantages_and_leaves_returns():
+  batch, _, want = returns_of(OBJECTIVE_WITHOUT_KL, reference=False, whiten=True)
+  mask = np.asarray(batch.rows.mask[0])
+  kept = want[mask]
+  assert np.array_equal(batch.returns[0], want)
+  np.testing.assert_allclose(
+    np.asarray(batch.rows.advantages[0])[mask],
+    (kept - kept.mean()) / kept.std(ddof=1),
+    rtol=1e-5,
   )
 
 
@@ -381,6 +395,7 @@ def ppo_config(**changes) -> ppo.PPOConfig:
     max_tokens=6,
     reference_refresh=0,
     objective=OBJECTIVE,
+    whiten=False,  # advantages as the equations have them
   )
   return ppo.PPOConfig(**{**sizes, **changes})
 

@@ -30,17 +30,19 @@ BEGIN, END = "<!-- algorithms: begin -->\n", "<!-- algorithms: end -->\n"
 # What to expect of a row; the docs' table ends in these words.
 EXPECT = {
   "paper": "R1's own: a wide one-sided clip and a light KL; steady.",
-  "deepseekmath": "GRPO as it began: the stronger KL holds the policy near the base.",
-  "dr_grpo": "No length and no difficulty bias: easy and hard problems weigh alike.",
-  "dapo": "Only groups that differ are trained on: most rollouts a step, most seconds.",
-  "gspo": "Tiny clip ranges on whole outputs: many outputs are clipped, and it learns.",
-  "cispo": "No token loses its gradient: close to the paper's wide clip.",
-  "rloo": "REINFORCE, the others as baseline, summed over tokens, KL in the reward.",
-  "trl": "TRL's defaults: token mean, no KL; one pass more to recompute old log-probs.",
-  "verl": "verl's defaults: as TRL's with a dual clip that hardly binds here.",
-  "tunix": "k1 in the loss adds noise and no pull: read its KL beside deepseekmath's.",
-  "ppo λ=1.0": "A value model instead of groups: near GRPO at about twice the cost.",
-  "ppo λ=0.95": "Credit fades by 0.95 a token: of a long output, little arrives.",
+  "deepseekmath": "GRPO as it began; the stronger KL holds the policy nearer the base.",
+  "dr_grpo": "No length and no difficulty bias; with short outputs, as the paper's.",
+  "dapo": "Its overlong penalty shortens outputs; late steps sample 3 rollouts.",
+  "gspo": "Clips most outputs of the second minibatch: a slower start, the same end.",
+  "cispo": "Every token keeps its gradient; as the paper's wide clip.",
+  "rloo": "No std, no clip, KL in the reward; as the paper's.",
+  "trl": "Token mean, no KL, one pass more to recompute old log-probabilities.",
+  "verl": "As `trl` but for a dual clip, which does not bind at such small ratios.",
+  "tunix": "k1 in the loss does not pull: its KL to the base is no smaller.",
+  "ppo λ=1.0": "Near GRPO, with a second network to train.",
+  "ppo λ=0.95": "Slower: after 40 tokens an eighth of the reward arrives.",
+  "ppo λ=1.0, not whitened": "Small advantages and no group to scale them: slow.",
+  "ppo λ=0.95, not whitened": "Far below: it unlearns the working, as R1 found.",
 }
 COLUMNS = ("pass_at_1", "mean_length", "kl_to_base", "rl_seconds")
 
@@ -52,19 +54,29 @@ class Row:
   flags: tuple[str, ...]
 
   @property
+  def preset(self) -> str:
+    return self.name.partition(" ")[0]
+
+  @property
   def folder(self) -> str:
     return re.sub(r"[^\w.]+", "_", self.name.replace("λ", "lambda"))
 
 
 def all_rows() -> list[Row]:
-  """The presets, and PPO at the two lambdas of R1's appendix A.3."""
+  """The presets, and PPO at the two lambdas of R1's appendix A.3, with its advantages
+  whitened as verl and TRL do, and as its equations are."""
   rows = [
     Row(name, "experiments.r1_zero", (f"--config.objective.preset={name}",))
     for name in presets.PRESETS
     if name != "ppo"
   ]
   return rows + [
-    Row(f"ppo λ={lam}", "experiments.ppo", (f"--config.objective.lam={lam}",))
+    Row(
+      f"ppo λ={lam}{name}",
+      "experiments.ppo",
+      (f"--config.objective.lam={lam}", f"--config.ppo.whiten={whiten}"),
+    )
+    for whiten, name in ((True, ""), (False, ", not whitened"))
     for lam in (1.0, 0.95)
   ]
 
@@ -157,12 +169,12 @@ def chosen(names: str) -> list[Row]:
   rows = all_rows()
   if not names:
     return rows
-  known = sorted({row.name.partition(" ")[0] for row in rows})
   asked = names.split(",")
   for name in asked:
-    if name not in known:
-      raise UserError(f"--presets: {name!r} is none of {', '.join(known)}.")
-  return [row for row in rows if row.name.partition(" ")[0] in asked]
+    if not any(name in (row.name, row.preset) for row in rows):
+      known = ", ".join(dict.fromkeys(row.preset for row in rows))
+      raise UserError(f"--presets: {name!r} is none of {known}.")
+  return [row for row in rows if row.name in asked or row.preset in asked]
 
 
 def start(
@@ -201,19 +213,22 @@ def start(
       f"{row.name}, seed {seed} ended with code {code}: {last[0]} ({log})"
     )
   summary = json.loads((workdir / "summary.json").read_text())
-  return figures(summary, MetricsFile(workdir / "metrics.jsonl").phase("rl"))
+  return figures(summary, MetricsFile(workdir / "metrics.jsonl"))
 
 
-def figures(summary: dict, steps: list[dict]) -> dict:
-  """What the table shows of a run. Args: its summary, and the metrics of its steps."""
+def figures(summary: dict, metrics: MetricsFile) -> dict:
+  """What the table shows of a run: of its summary and its metrics."""
   final = summary["final"]
+  early = min(
+    metrics.phase("eval"), key=lambda row: abs(row["step"] - summary["steps"] / 4)
+  )
   return {
     "seed": summary["seed"],
     "base_pass_at_1": summary["base"]["pass_at_1"],
-    "half_way_pass_at_1": summary["half_way"]["pass_at_1"],
+    "early_pass_at_1": early["pass_at_1"],
     **{name: final[name] for name in COLUMNS if name in final},
     "reflection_rate": final["reflection_rate"],
-    "rollouts": sum(row["waves"] for row in steps),
+    "rollouts": sum(row["waves"] for row in metrics.phase("rl")),
     "rl_seconds": summary["seconds"]["rl"],
     "devices": summary["devices"],
     "jax": summary["jax"],
@@ -241,12 +256,12 @@ def markdown(results: dict[str, list[dict]]) -> str:
 
 def _lines(results: dict[str, list[dict]], mean) -> Iterator[str]:
   yield (
-    "| | pass@1 base → half way → end | (seeds) | length | KL to the base | rollouts |"
+    "| | pass@1 base → a quarter → end | (seeds) | length | KL to the base | rollouts |"
     " RL seconds | what to expect |"
   )
   yield "|---" * 8 + "|"
   for name, runs in results.items():
-    path = ("base_pass_at_1", "half_way_pass_at_1", "pass_at_1")
+    path = ("base_pass_at_1", "early_pass_at_1", "pass_at_1")
     steps = " → ".join(f"{mean(name, key):.2f}" for key in path)
     seeds = " ".join(f"{run['pass_at_1']:.2f}" for run in runs)
     yield (

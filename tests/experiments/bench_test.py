@@ -13,7 +13,7 @@ from r1jax import presets
 RUN = dict(
   seed=0,
   base_pass_at_1=0.25,
-  half_way_pass_at_1=0.5,
+  early_pass_at_1=0.5,
   pass_at_1=0.75,
   mean_length=30.0,
   kl_to_base=0.5,
@@ -30,10 +30,11 @@ def bench(*args: str) -> subprocess.CompletedProcess:
 
 def test_there_is_a_row_a_preset_and_ppo_at_two_lambdas():
   names = [row.name for row in algorithms.all_rows()]
-  assert names[:-2] == [p for p in presets.PRESETS if p != "ppo"]
-  assert names[-2:] == ["ppo λ=1.0", "ppo λ=0.95"]
+  assert names[:-4] == [p for p in presets.PRESETS if p != "ppo"]
+  assert names[-4:-2] == ["ppo λ=1.0", "ppo λ=0.95"]
   assert set(algorithms.EXPECT) == set(names)
-  assert [row.name for row in algorithms.chosen("ppo")] == names[-2:]
+  assert [row.name for row in algorithms.chosen("ppo")] == names[-4:]
+  assert len({row.folder for row in algorithms.all_rows()}) == len(names)
 
 
 def test_the_table_holds_means_and_seeds():
@@ -84,7 +85,7 @@ def test_runs_share_a_base_and_the_last_line_is_json(tmp_path):
   ]
   done = bench(
     "algorithms",
-    "--presets=ppo",
+    "--presets=trl,ppo λ=0.95",
     "--seeds=1",
     "--steps=2",
     "--json",
@@ -95,7 +96,7 @@ def test_runs_share_a_base_and_the_last_line_is_json(tmp_path):
   assert done.returncode == 0, done.stderr
   result = json.loads(done.stdout.splitlines()[-1])
   assert result["bench"] == "algorithms"
-  assert list(result["rows"]) == ["ppo λ=1.0", "ppo λ=0.95"]
+  assert list(result["rows"]) == ["trl", "ppo λ=0.95"]
   for runs in result["rows"].values():
     assert {"pass_at_1", "mean_length", "kl_to_base", "rl_seconds"} <= set(runs[0])
   assert "| `ppo λ=0.95` |" in done.stdout
@@ -104,4 +105,4 @@ def test_runs_share_a_base_and_the_last_line_is_json(tmp_path):
     rows = (tmp_path / folder / "seed_0" / "metrics.jsonl").read_text().splitlines()
     return [r for r in rows if '"pretrain"' in r]
 
-  assert pretraining("ppo_lambda_1.0") and not pretraining("ppo_lambda_0.95")
+  assert pretraining("trl") and not pretraining("ppo_lambda_0.95")
