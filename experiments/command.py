@@ -60,7 +60,10 @@ def parse(argv: list[str], config_file: str) -> tuple[ConfigDict, str]:
   if asked:
     print(sys.modules["__main__"].__doc__)
     print(f"--workdir=FOLDER\n--config={config_file}, and its keys:\n")
-    print("\n".join(f"  --config.{k}={v!r}" for k, v in _leaves(config)))
+    for key, value in _leaves(config):
+      said = repr(value) if value is not None else "None (as its preset has it)"
+      print(f"  --config.{key}={said}")
+    print("\nPresets of the objective: python -m r1jax.presets, docs/algorithms.md")
     sys.exit(0)
   if len(rest) > 1:
     raise UserError(f"{rest[1]!r} is not a flag; a flag looks like --config.seed=1.")
