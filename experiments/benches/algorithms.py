@@ -42,7 +42,7 @@ EXPECT = {
   "ppo λ=1.0": "Near GRPO, with a second network to train.",
   "ppo λ=0.95": "Slower: after 40 tokens an eighth of the reward arrives.",
   "ppo λ=1.0, not whitened": "Small advantages and no group to scale them: slow.",
-  "ppo λ=0.95, not whitened": "Far below: it unlearns the working, as R1 found.",
+  "ppo λ=0.95, not whitened": "Far below, as R1 found: the working is unlearnt.",
 }
 COLUMNS = ("pass_at_1", "mean_length", "kl_to_base", "rl_seconds")
 
