@@ -33,7 +33,7 @@ EXPECT = {
   "deepseekmath": "GRPO as it began; the stronger KL holds the policy nearer the base.",
   "dr_grpo": "No length and no difficulty bias; with short outputs, as the paper's.",
   "dapo": "Its overlong penalty shortens outputs; late steps sample 3 rollouts.",
-  "gspo": "Clips most outputs of the second minibatch: a slower start, the same end.",
+  "gspo": "Its tiny clip drops most of the early second minibatches: a slower start.",
   "cispo": "Every token keeps its gradient; as the paper's wide clip.",
   "rloo": "No std, no clip, KL in the reward; as the paper's.",
   "trl": "Token mean, no KL, one pass more to recompute old log-probabilities.",
