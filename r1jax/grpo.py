@@ -31,7 +31,7 @@ from r1jax.experience import (
 from r1jax.models import moe
 from r1jax.models.policy import Policy
 from r1jax.moe_losses import auxiliary_losses
-from r1jax.optimizer import accumulate
+from r1jax.optimizer import accumulate, descend
 from r1jax.policy_loss import Totals, policy_loss
 from r1jax.prompts import PromptBatch
 from r1jax.rewards.in_graph import Rewards
@@ -137,16 +137,10 @@ def update(
   grads, metrics, load, per_token = accumulate(
     loss_fn, state.params, rows, c.micro_batches
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  if c.objective.may_be_empty:
-    # Nothing to learn from: not even AdamW's momentum moves the weights.
-    learnt = rows.mask.any()
-    params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(learnt, new, old),
-      (params, opt_state),
-      (state.params, state.opt_state),
-    )
+  learnt = rows.mask.any() if c.objective.may_be_empty else None
+  params, opt_state = descend(
+    optimizer, grads, state.params, state.opt_state, learnt=learnt
+  )
   router = moe.balance(state.router, load, c.bias_rate) if c.bias_rate else state.router
   step = state.step + 1
   reference = state.reference

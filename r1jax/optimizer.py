@@ -68,6 +68,29 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   )
 
 
+def descend(
+  optimizer: optax.GradientTransformation,
+  grads: Any,
+  params: Any,
+  opt_state: Any,
+  *,
+  learnt: jax.Array | None = None,
+) -> tuple[Any, Any]:
+  """One update: (params, opt_state).
+
+  Args:
+    optimizer: its transformation.
+    grads, params, opt_state: of the same tree.
+    learnt: [] bool; where False nothing changes at all, so that AdamW's momentum does
+      not move weights on a batch without a loss. None: there always is one.
+  """
+  updates, new_state = optimizer.update(grads, opt_state, params)
+  new = optax.apply_updates(params, updates), new_state
+  if learnt is None:
+    return new
+  return jax.tree.map(lambda a, b: jnp.where(learnt, a, b), new, (params, opt_state))
+
+
 def accumulate(
   loss_fn: Callable[[Any, Any], tuple[jax.Array, tuple[dict, Any, Any]]],
   params: Any,

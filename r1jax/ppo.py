@@ -36,7 +36,7 @@ from r1jax.models import moe
 from r1jax.models.policy import Policy
 from r1jax.models.value import Value, from_policy
 from r1jax.objective import Objective, pick
-from r1jax.optimizer import accumulate
+from r1jax.optimizer import accumulate, descend
 from r1jax.policy_loss import AGGREGATIONS, Totals
 from r1jax.prompts import PromptBatch
 from r1jax.rewards.in_graph import Rewards
@@ -268,13 +268,16 @@ def update_value(
     return loss, (metrics, load, ())
 
   grads, metrics, load, _ = accumulate(loss_fn, state.params, batch, c.micro_batches)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  learnt = batch.rows.mask.any() if c.objective.may_be_empty else None
+  params, opt_state = descend(
+    optimizer, grads, state.params, state.opt_state, learnt=learnt
+  )
   router = state.router
   if c.bias_rate and router:
     router = {"policy": moe.balance(router["policy"], load, c.bias_rate)}
   state = state.replace(
     step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
+    params=params,
     router=router,
     opt_state=opt_state,
   )

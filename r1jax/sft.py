@@ -12,7 +12,7 @@ import optax
 from r1jax.models import moe
 from r1jax.models.mla import Sequence
 from r1jax.models.policy import Policy, token_logprobs
-from r1jax.optimizer import accumulate
+from r1jax.optimizer import accumulate, descend
 from r1jax.train_state import TrainState
 
 
@@ -101,10 +101,10 @@ def step(
     return loss, (*aux, ())
 
   grads, metrics, load, _ = accumulate(loss, state.params, pages, micro_batches)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params, opt_state = descend(optimizer, grads, state.params, state.opt_state)
   state = state.replace(
     step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
+    params=params,
     router=moe.balance(state.router, load, router_bias_rate),
     opt_state=opt_state,
   )

@@ -143,3 +143,20 @@ def test_rows_that_do_not_divide_into_the_parts_are_refused():
 
   with pytest.raises(ValueError, match="6 rows do not divide into micro_batches=4"):
     optimizer.accumulate(loss_fn, jnp.float32(1.0), jnp.arange(6.0), 4)
+
+
+# -- one update ------------------------------------------------------------------------
+
+
+def test_a_batch_without_a_loss_moves_nothing_not_even_by_momentum():
+  adamw, descend = optimizer.make_optimizer(settings()), optimizer.descend
+  params = {"w": jnp.asarray([1.0, -2.0])}
+  start = adamw.init(params)
+  params, state = descend(adamw, {"w": jnp.asarray([1.0, 1.0])}, params, start)
+  zero = {"w": jnp.zeros(2)}
+  same, kept = descend(adamw, zero, params, state, learnt=jnp.asarray(False))
+  assert jax.tree.all(jax.tree.map(np.array_equal, (same, kept), (params, state)))
+  moved, later = descend(adamw, zero, params, state, learnt=jnp.asarray(True))
+  assert not np.array_equal(moved["w"], params["w"])  # what momentum would have done
+  always, also = descend(adamw, zero, params, state)
+  assert jax.tree.all(jax.tree.map(np.array_equal, (moved, later), (always, also)))
