@@ -126,6 +126,18 @@ def make_step(policy: Policy, config: grpo.GRPOConfig = CONFIG, **changes):
   )
 
 
+def counted(step):
+  """The step as a function whose list `traces` grows whenever jit traces it. (The size
+  of jit's own cache says 0 once thousands of other programs have filled it.)"""
+
+  def traced(*args):
+    traced.traces.append(None)
+    return step(*args)
+
+  traced.traces = []
+  return traced
+
+
 def figures(metrics: dict) -> dict[str, float]:
   return {name: float(x) for name, x in sorted(metrics.items())}
 
