@@ -217,6 +217,23 @@ def check(config: ConfigDict, devices: int) -> None:
       not c.pretrain.mtp_coef or bool(sizes.mtp_depth),
       f"pretrain.mtp_coef={c.pretrain.mtp_coef} needs model.mtp_depth=1",
     ),
+    *learning_rules(c, o, sizes),
+    (
+      0 < c.data.held_out < 1,
+      f"data.held_out={c.data.held_out} must lie between 0 and 1",
+    ),
+  ]
+  for ok, rule in rules:
+    if not ok:
+      raise UserError(f"config.{rule}.")
+
+
+def learning_rules(
+  c: ConfigDict, o: Objective, sizes: PolicyConfig
+) -> list[tuple[bool, str]]:
+  """(holds, what came and the rule): of the objective beside the rest of the config."""
+  g = c.grpo
+  return [
     (
       "ppo" not in c or not c.segment_tokens,
       f"segment_tokens={c.segment_tokens}: PPO's step is one program; set it to 0",
@@ -246,15 +263,8 @@ def check(config: ConfigDict, devices: int) -> None:
     (
       o.pool == 1
       or o.filter_on == "reward"
-      or config_get(c, f"reward.{o.filter_on}_weight") > 0,
+      or c.reward.get(f"{o.filter_on}_weight", 1) > 0,
       f"objective.filter_on={o.filter_on!r} chooses groups by a part of the reward"
       f" whose weight, reward.{o.filter_on}_weight, is 0: their advantages would be 0",
     ),
-    (
-      0 < c.data.held_out < 1,
-      f"data.held_out={c.data.held_out} must lie between 0 and 1",
-    ),
   ]
-  for ok, rule in rules:
-    if not ok:
-      raise UserError(f"config.{rule}.")

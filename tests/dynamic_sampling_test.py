@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trees import assert_same, host
 
 from r1jax import dynamic_sampling, grpo, sharding, train_state
 from r1jax.dynamic_sampling import Slots, all_of, collect, empty, fill
@@ -22,23 +23,6 @@ from r1jax.segments import make_segments
 
 POLICY = golden.tiny_policy()
 AGGREGATIONS = ["seq-mean-token-mean", "token-mean", "seq-mean-token-sum-norm"]
-
-
-def host(tree):
-  return jax.tree.map(lambda x: np.array(x), tree)
-
-
-def assert_same(a, b, **tolerance):
-  """Equal trees; bit for bit unless a tolerance is given."""
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  for (path, x), y in zip(
-    jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
-  ):
-    name = jax.tree_util.keystr(path)
-    if tolerance:
-      np.testing.assert_allclose(x, y, err_msg=name, **tolerance)
-    else:
-      assert np.array_equal(x, y), name
 
 
 # -- fill against lists ----------------------------------------------------------------

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_same, host
 
 from r1jax import grpo, sharding
 from r1jax.errors import UserError
@@ -75,24 +76,6 @@ def test_an_overlong_buffer_that_does_not_fit_the_window_is_refused(buffer):
 
 POLICY = golden.tiny_policy()
 K = golden.CONFIG.minibatches
-
-
-def host(tree):
-  """Numbers that outlive donation."""
-  return jax.tree.map(lambda x: np.array(x), tree)
-
-
-def assert_same(a, b, **tolerance):
-  """Equal trees; bit for bit unless a tolerance is given."""
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  for (path, x), y in zip(
-    jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
-  ):
-    name = jax.tree_util.keystr(path)
-    if tolerance:
-      np.testing.assert_allclose(x, y, err_msg=name, **tolerance)
-    else:
-      assert np.array_equal(x, y), name
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from trees import assert_same, host
 
 from r1jax import grpo, ppo, sharding
 from r1jax.advantages import gae
@@ -466,24 +467,6 @@ def new_state(*, reference=True, optimizer=None, value_optimizer=None) -> ppo.PP
   return state.replace(
     policy=policy.replace(reference=policy.reference.replace(params=moved))
   )
-
-
-def assert_same(a, b, **tolerance):
-  """Equal trees; bit for bit unless a tolerance is given."""
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  for (path, x), y in zip(
-    jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
-  ):
-    name = jax.tree_util.keystr(path)
-    if tolerance:
-      np.testing.assert_allclose(x, y, err_msg=name, **tolerance)
-    else:
-      assert np.array_equal(x, y), name
-
-
-def host(tree):
-  """Numbers that outlive donation."""
-  return jax.tree.map(lambda x: np.array(x), tree)
 
 
 def sampled_rows(seed=0) -> Rows:

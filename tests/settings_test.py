@@ -121,6 +121,11 @@ REFUSED = [
   (dict(objective__pool=0), 1, ["pool=0", "1 turns dynamic sampling off"]),
   (dict(objective__filter_on="luck"), 1, ["filter_on='luck'", "accuracy, format"]),
   (
+    dict(objective__filter_on="luck", objective__pool=2),
+    1,
+    ["filter_on='luck'", "accuracy, format"],
+  ),
+  (
     dict(grpo__top_p=0.9, grpo__keep_sampling_mask=False),
     1,
     ["keep_sampling_mask=False", "top_p=0.9"],
