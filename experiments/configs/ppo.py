@@ -3,7 +3,7 @@
   python -m experiments.ppo
   python -m experiments.ppo --config.objective.lam=0.95
 
-tiny   2 CPU cores, 7 minutes: the base, problems, rewards and number of updates of
+tiny   2 CPU cores, 5 minutes: the base, problems, rewards and number of updates of
        experiments/configs/r1_zero.py:tiny, with a value model of the policy's size.
 puzzle likewise.
 
