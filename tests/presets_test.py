@@ -96,8 +96,8 @@ def test_contradictions_are_refused_with_the_rule(choices, words):
 
 
 def test_k1_in_the_loss_is_allowed_where_it_is_forced_or_weighs_nothing():
-  Objective(kl="k1-in-loss", force_k1_in_loss=True)
-  Objective(kl="k1-in-loss", kl_coef=0.0)
+  for how in (dict(force_k1_in_loss=True), dict(kl_coef=0.0)):
+    assert Objective(kl="k1-in-loss", **how).kl == "k1-in-loss"
 
 
 @pytest.mark.parametrize(
