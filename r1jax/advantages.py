@@ -1,9 +1,10 @@
 """Rewards -> advantages: GRPO's group-relative one and its kin, and PPO's GAE.
 
-Each estimator is a function of the rewards of B groups, of which groups there are
-(`filled` [B]; slots that dynamic sampling left empty have no share in any statistic)
-and of the choices, and a row of ADVANTAGES. A group whose rewards are all equal gets
-exactly 0, not rounding noise over an epsilon.
+Each estimator is a function of the rewards of B groups, of which samples there are
+(`there` [B, G]: not those of slots that dynamic sampling left empty, nor those that
+could not be scored; they have no share in any statistic and an advantage of 0) and of
+the choices, and a row of ADVANTAGES. A group whose rewards are all equal gets exactly
+0, not rounding noise over an epsilon.
 """
 
 from collections.abc import Callable
@@ -11,29 +12,25 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from r1jax.dynamic_sampling import varied
 from r1jax.objective import Objective, pick
 from r1jax.rewards.in_graph import Rewards
 
 
-def _centred(rewards: jax.Array) -> jax.Array:
+def _centred(rewards: jax.Array, there: jax.Array) -> jax.Array:
   """r - mean r in each group [B, G]; exactly 0 where a group's rewards are equal."""
-  equal = jnp.all(rewards == rewards[:, :1], axis=1, keepdims=True)
-  return jnp.where(equal, 0.0, rewards - rewards.mean(axis=1, keepdims=True))
+  count = jnp.maximum(there.sum(axis=1, keepdims=True), 1)
+  mean = jnp.where(there, rewards, 0.0).sum(axis=1, keepdims=True) / count
+  differs = varied(rewards, there)[:, None]
+  return jnp.where(there & differs, rewards - mean, 0.0)
 
 
-def _group_std(x: jax.Array, ddof: int) -> jax.Array:
-  """[B, G] -> [B, 1]."""
-  squares = jnp.square(x - x.mean(axis=1, keepdims=True))
-  return jnp.sqrt(squares.sum(axis=1, keepdims=True) / (x.shape[1] - ddof))
-
-
-def _batch_std(x: jax.Array, filled: jax.Array, ddof: int) -> jax.Array:
-  """Over all values of the groups that there are: a scalar."""
-  kept = filled[:, None]
-  count = jnp.maximum(filled.sum() * x.shape[1], ddof + 1)
-  mean = jnp.where(kept, x, 0.0).sum() / count
-  squares = jnp.where(kept, jnp.square(x - mean), 0.0)
-  return jnp.sqrt(squares.sum() / (count - ddof))
+def _std(x: jax.Array, there: jax.Array, ddof: int, axis: int | None) -> jax.Array:
+  """Of the values that are there: in each group [B, 1], or of all with axis None."""
+  count = jnp.maximum(there.sum(axis=axis, keepdims=True), ddof + 1)
+  mean = jnp.where(there, x, 0.0).sum(axis=axis, keepdims=True) / count
+  squares = jnp.where(there, jnp.square(x - mean), 0.0).sum(axis=axis, keepdims=True)
+  return jnp.sqrt(squares / (count - ddof))
 
 
 def _over(x: jax.Array, std: jax.Array, eps: float) -> jax.Array:
@@ -41,50 +38,51 @@ def _over(x: jax.Array, std: jax.Array, eps: float) -> jax.Array:
   return x / jnp.where(std == 0, 1.0, std + eps)
 
 
-def _group_scaled(rewards: jax.Array, o: Objective) -> jax.Array:
-  centred = _centred(rewards)
-  return _over(centred, _group_std(centred, o.std_ddof), o.std_eps)
+def _group_scaled(rewards: jax.Array, there: jax.Array, o: Objective) -> jax.Array:
+  centred = _centred(rewards, there)
+  return _over(centred, _std(centred, there, o.std_ddof, axis=1), o.std_eps)
 
 
-def grpo(rewards: Rewards, filled: jax.Array, o: Objective) -> jax.Array:
+def grpo(rewards: Rewards, there: jax.Array, o: Objective) -> jax.Array:
   """A_i = (r_i - mean r) / (std r + std_eps) within each group.
 
   arXiv 2402.03300, section 4.1.1; arXiv 2501.12948, Eq. 3. The papers do not say which
   std; ddof 1 is what verl, TRL and OpenRLHF compute.
   """
-  return _group_scaled(rewards.total, o)
+  return _group_scaled(rewards.total, there, o)
 
 
-def dr_grpo(rewards: Rewards, filled: jax.Array, o: Objective) -> jax.Array:
+def dr_grpo(rewards: Rewards, there: jax.Array, o: Objective) -> jax.Array:
   """A_i = r_i - mean r: no division that re-weighs problems (arXiv 2503.20783)."""
-  return _centred(rewards.total)
+  return _centred(rewards.total, there)
 
 
-def rloo(rewards: Rewards, filled: jax.Array, o: Objective) -> jax.Array:
+def rloo(rewards: Rewards, there: jax.Array, o: Objective) -> jax.Array:
   """A_i = r_i - mean of the other G - 1 rewards (arXiv 2402.14740)."""
-  g = rewards.total.shape[1]
-  return _centred(rewards.total) * (g / (g - 1))
+  g = there.sum(axis=1, keepdims=True)
+  return _centred(rewards.total, there) * (g / jnp.maximum(g - 1, 1))
 
 
-def batch_std(rewards: Rewards, filled: jax.Array, o: Objective) -> jax.Array:
+def batch_std(rewards: Rewards, there: jax.Array, o: Objective) -> jax.Array:
   """A_i = (r_i - group mean) / (std of the whole batch's rewards + std_eps).
 
   Lite PPO (arXiv 2508.08221); `scale_rewards="batch"` in TRL.
   """
-  std = _batch_std(rewards.total, filled, o.std_ddof)
-  return _over(_centred(rewards.total), std, o.std_eps)
+  std = _std(rewards.total, there, o.std_ddof, axis=None)
+  return _over(_centred(rewards.total, there), std, o.std_eps)
 
 
-def gdpo(rewards: Rewards, filled: jax.Array, o: Objective) -> jax.Array:
+def gdpo(rewards: Rewards, there: jax.Array, o: Objective) -> jax.Array:
   """Each reward is normalised in its group on its own, their weighted sum over the
   batch: rewards of different scale keep their say (GDPO, arXiv 2601.05242).
 
   The batch's mean, which the paper subtracts, is 0: every group's is.
   """
   total = sum(
-    weight * _group_scaled(rewards.parts[name], o) for name, weight in rewards.weights
+    weight * _group_scaled(rewards.parts[name], there, o)
+    for name, weight in rewards.weights
   )
-  return _over(total, _batch_std(total, filled, o.std_ddof), o.std_eps)
+  return _over(total, _std(total, there, o.std_ddof, axis=None), o.std_eps)
 
 
 ADVANTAGES: dict[str, Callable[[Rewards, jax.Array, Objective], jax.Array]] = {
@@ -110,7 +108,8 @@ def group_relative(rewards: Rewards, filled: jax.Array, o: Objective) -> jax.Arr
   Raises:
     UserError: no such estimator.
   """
-  return pick(ADVANTAGES, o.advantage, "advantage")(rewards, filled, o)
+  there = filled[:, None] & rewards.valid
+  return pick(ADVANTAGES, o.advantage, "advantage")(rewards, there, o)
 
 
 def gae(

@@ -1,5 +1,7 @@
 """What a researcher looks at after every step: extremes, percentiles, single tokens."""
 
+from collections.abc import Mapping
+
 from flax import struct
 import jax
 import jax.numpy as jnp
@@ -57,7 +59,7 @@ def of_batch(slots: Slots, rewards: Rewards, advantages: jax.Array) -> dict:
     rewards: after shaping.
     advantages: [B * G, T].
   """
-  filled = slots.filled[:, None]
+  filled = slots.filled[:, None] & rewards.valid
   mask = (slots.rollout.mask & filled[:, :, None]).reshape(advantages.shape)
   trained = {}
   for name, x in (("length", slots.rollout.lengths), ("reward", rewards.total)):
@@ -68,7 +70,7 @@ def of_batch(slots: Slots, rewards: Rewards, advantages: jax.Array) -> dict:
   trained["advantage_min"] = jnp.min(jnp.where(mask, advantages, jnp.inf))
   for name in rewards.parts.keys() - slots.rewards.parts.keys():  # what shaping added
     trained[name] = jnp.nanmean(jnp.where(filled, rewards.parts[name], jnp.nan))
-  some = slots.filled.any()  # without a group to train on these figures are 0
+  some = filled.any()  # without a group to train on these figures are 0
   trained = {name: jnp.where(some, x, 0.0) for name, x in trained.items()}
   found = {**slots.figures, **trained}
   found["groups_empty"] = (~slots.filled).sum()
@@ -76,6 +78,16 @@ def of_batch(slots: Slots, rewards: Rewards, advantages: jax.Array) -> dict:
     key = name if name == "waves" else f"groups_{name}"
     found[key] = getattr(slots, name)
   return {name: jnp.asarray(x, jnp.float32) for name, x in found.items()}
+
+
+def alarms(figures: dict[str, float], thresholds: Mapping[str, float]) -> list[str]:
+  """A sentence for each outcome that more samples had than its threshold, a share."""
+  return [
+    f"{figures[f'outcome_{name}']:.1%} of the samples ended in {name!r}, more than"
+    f" config.reward.alarm.{name}={share}"
+    for name, share in thresholds.items()
+    if figures[f"outcome_{name}"] > share
+  ]
 
 
 def over_updates(per_update: dict) -> dict:

@@ -19,6 +19,7 @@ from r1jax.errors import UserError
 from r1jax.objective import Objective
 from r1jax.prompts import PromptBatch
 from r1jax.rewards.in_graph import Rewards
+from r1jax.rewards.verdict import OUTCOMES
 from r1jax.rollout import Rollout, repeats
 
 
@@ -37,16 +38,28 @@ class Slots:
 
 
 def figures(rollout: Rollout, rewards: Rewards) -> dict[str, jax.Array]:
-  """Means over a rollout."""
-  equal = jnp.all(rewards.total == rewards.total[:, :1], axis=1)
+  """Means over a rollout, of rewards over the samples that were scored; and the share
+  of each outcome."""
+  equal = ~varied(rewards.total, rewards.valid)
+  outcomes = {}
+  if rewards.outcome is not None:
+    for i, name in enumerate(OUTCOMES):
+      outcomes[f"outcome_{name}"] = (rewards.outcome == i).mean(dtype=jnp.float32)
   return {
-    "reward": rewards.total.mean(),
-    **{name: part.mean() for name, part in rewards.parts.items()},
+    "reward": rewards.mean(rewards.total),
+    **{name: rewards.mean(part) for name, part in rewards.parts.items()},
+    **outcomes,
     "length": rollout.lengths.mean(dtype=jnp.float32),
     "entropy": rollout.entropy.sum() / rollout.mask.sum(),
     "truncated": 1.0 - rollout.ended.mean(dtype=jnp.float32),
     "equal_groups": equal.mean(dtype=jnp.float32),
   }
+
+
+def varied(x: jax.Array, valid: jax.Array) -> jax.Array:
+  """[B] bool: whether the valid ones of a group's G values are not all the same."""
+  highest = jnp.where(valid, x, -jnp.inf).max(axis=1)
+  return highest > jnp.where(valid, x, jnp.inf).min(axis=1)
 
 
 def informative(rewards: Rewards, filter_on: str) -> jax.Array:
@@ -61,7 +74,7 @@ def informative(rewards: Rewards, filter_on: str) -> jax.Array:
       f" {', '.join(sorted(rewards.parts))}."
     )
   x = rewards.total if filter_on == "reward" else rewards.parts[filter_on]
-  return jnp.any(x != x[:, :1], axis=1)
+  return varied(x, rewards.valid)
 
 
 def all_of(prompts: PromptBatch, rollout: Rollout, rewards: Rewards) -> Slots:

@@ -80,7 +80,8 @@ class Evaluator:
         this.held_out_problems, texts, said.lengths, said.ended
       )
       prefill = this.config.data.prefill_think
-      figures = generate.summarise(samples, prefill_think=prefill)
+      scorer = this.host_reward.scorer if this.host_reward else None
+      figures = generate.summarise(samples, prefill_think=prefill, scorer=scorer)
       # k1: the mean of log pi - log base over tokens that pi sampled.
       figures["kl_to_base"] = float(gap[said.mask].mean())
     this.metrics.write({"phase": "eval", "step": step, **figures})

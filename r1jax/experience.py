@@ -123,10 +123,11 @@ def rows_of(prompts: PromptBatch, rollout: Rollout) -> Rows:
 
 
 def counted(slots: Slots, o: Objective) -> Rows:
-  """The rows of the slots, with what the objective says of empty slots and of truncated
-  outputs: whether they have a loss, and whether they count in means."""
+  """The rows of the slots, with what the objective says of truncated outputs: whether
+  they have a loss, and whether they count in means. Empty slots and samples that were
+  not scored do neither."""
   rows = rows_of(slots.prompts, slots.rollout)
-  filled = jnp.repeat(slots.filled, slots.rollout.tokens.shape[1])
+  filled = (slots.filled[:, None] & slots.rewards.valid).reshape(-1)
   in_loss = filled
   if o.truncated == "mask":
     in_loss = filled & slots.rollout.ended.reshape(-1)

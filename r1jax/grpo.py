@@ -137,7 +137,7 @@ def update(
   grads, metrics, load, per_token = accumulate(
     loss_fn, state.params, rows, c.micro_batches
   )
-  learnt = rows.mask.any() if c.objective.may_be_empty else None
+  learnt = rows.mask.any()  # not of empty slots, masked or lost samples alone
   params, opt_state = descend(
     optimizer, grads, state.params, state.opt_state, learnt=learnt
   )

@@ -5,6 +5,7 @@ samples.jsonl, tokens.jsonl, checkpoints/, summary.json, curves.png, tokens.html
 same command again resumes a run, and shows the result of one that has ended.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -39,6 +40,7 @@ from r1jax.metrics import MetricsFile, write_json
 from r1jax.optimizer import make_optimizer
 from r1jax.progress import Clock, Progress
 from r1jax.rewards import in_graph
+from r1jax.rewards.verdict import OUTCOMES
 from r1jax.run import Run, compiled, make_pages, open_workdir, prepare, put_batch, take
 
 PROGRAMS = (
@@ -73,9 +75,10 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
   with jax.set_mesh(mesh), Progress(console) as progress:
     with clock.phase("prepare"):
       this = prepare(config, workdir, mesh, clock, progress)
-    params, router = pretrain(this)
-    reinforce(this, params, router)
-    summary = conclude(this)
+    with contextlib.closing(this):
+      params, router = pretrain(this)
+      reinforce(this, params, router)
+      summary = conclude(this)
   show(console, workdir, summary)
   console.print(f"Files: {workdir}", highlight=False, soft_wrap=True)
   return summary
@@ -196,6 +199,9 @@ def reinforce(this: Run, params: Any, router: Any) -> None:
       if last or step % c.eval.every == 0 or step % c.checkpoint_every == 0:
         record(this, *pending)
         pending = None
+    if this.host_reward:
+      jax.block_until_ready(said)
+      this.host_reward.check()
     if last or step % c.eval.every == 0:
       evaluate(state, step)
     if last or step % c.checkpoint_every == 0:
@@ -220,14 +226,16 @@ def beginning(this: Run) -> tuple[Any, Any]:
 
 def make_step(this: Run, window: int, state, batch, key) -> Any:
   """The step for one output window: one program, or segments of it."""
-  c, d = this.config, this.config.data
+  c = this.config
   parts = dict(
     policy=this.policy,
     optimizer=make_optimizer(settings.optimizer_config(c)),
-    reward_fn=in_graph.rule_reward(
+    reward_fn=this.host_reward
+    or in_graph.rule_reward(
       in_graph.TagTable.of(this.tokenizer),
-      prefill_think=d.prefill_think,
-      **c.reward,
+      prefill_think=c.data.prefill_think,
+      accuracy_weight=c.reward.accuracy_weight,
+      format_weight=c.reward.format_weight,
     ),
     config=settings.step_config(c, window),
     stop_ids=this.stop_ids,
@@ -261,6 +269,10 @@ def record(
     this.clock.seconds["first_rl_step"] = this.clock.elapsed
   texts = [t for group in generate.texts_of(said, this.tokenizer) for t in group if t]
   figures = {name: float(value) for name, value in figures.items()}
+  drawn = figures["waves"] * this.config.prompts * this.config.grpo.group_size
+  figures["samples"] = drawn
+  for sentence in diagnostics.alarms(figures, this.config.reward.alarm):
+    this.progress.say(f"update {step}: {sentence}")
   counted = [generate.reflections(t) for t in texts]
   figures["reflection_rate"] = float(np.mean(counted)) if counted else 0.0
   this.metrics.write({"phase": "rl", "step": step, **figures})
@@ -302,6 +314,7 @@ def conclude(this: Run) -> dict:
     "half_way": figures(half),
     "final": figures(evals[-1]),
     "steps": c.steps,
+    "outcomes": outcomes(train),
     "seconds": {**spent, "total": round(clock.elapsed, 1)},
     "compilations": {
       name: clock.compilations[name] for name in PROGRAMS if clock.compilations[name]
@@ -320,6 +333,15 @@ def conclude(this: Run) -> dict:
     (this.workdir / "tokens.html").write_text(page, encoding="utf-8")
   write_json(this.workdir / "summary.json", summary)
   return summary
+
+
+def outcomes(rows: list[dict]) -> dict[str, int]:
+  """How many of all samples drawn in RL ended how, and their number."""
+  counts = {
+    name: sum(round(row[f"outcome_{name}"] * row["samples"]) for row in rows)
+    for name in OUTCOMES
+  }
+  return {**counts, "samples": round(sum(row["samples"] for row in rows))}
 
 
 def show(console: rich.console.Console, workdir: pathlib.Path, summary: dict) -> None:

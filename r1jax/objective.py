@@ -62,11 +62,6 @@ class Objective:
   def needs_reference(self) -> bool:
     return self.kl_coef > 0
 
-  @property
-  def may_be_empty(self) -> bool:
-    """Whether a minibatch can have no output with a loss."""
-    return self.pool > 1 or self.truncated == "mask"
-
   def overlong_tokens(self, window: int) -> int:
     """The overlong buffer in tokens.
 

@@ -268,7 +268,7 @@ def update_value(
     return loss, (metrics, load, ())
 
   grads, metrics, load, _ = accumulate(loss_fn, state.params, batch, c.micro_batches)
-  learnt = batch.rows.mask.any() if c.objective.may_be_empty else None
+  learnt = batch.rows.mask.any()
   params, opt_state = descend(
     optimizer, grads, state.params, state.opt_state, learnt=learnt
   )

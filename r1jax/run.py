@@ -16,11 +16,14 @@ from r1jax.data import corpus
 from r1jax.data import world as worlds
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
+from r1jax.host_reward import HostReward
 from r1jax.metrics import MetricsFile, write_json
 from r1jax.models.policy import Policy
 from r1jax.optimizer import make_optimizer
 from r1jax.progress import Clock, Progress
 from r1jax.prompts import PromptBatch
+from r1jax.rewards.rules import load_rules
+from r1jax.rewards.scorer import Scorer
 
 
 @dataclasses.dataclass
@@ -43,6 +46,7 @@ class Run:
   held_out_problems: list
   page: int  # tokens of the longest page of a sample
   windows: list[tuple[int, int]]  # (first update, output tokens)
+  host_reward: HostReward | None  # None: rewards are read in the graph
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
@@ -51,6 +55,11 @@ class Run:
       self.tokenizer.eos_id,
       *([answer] if self.config.data.stop_on_answer else []),
     )
+
+  def close(self) -> None:
+    """Ends the reward's workers."""
+    if self.host_reward:
+      self.host_reward.scorer.close()
 
 
 def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -98,9 +107,8 @@ def prepare(
   world = worlds.make_world(
     task,
     counts=c.counts.to_dict(),
-    problems_file=d.problems,
-    skip_malformed=d.skip_malformed,
-    held_out=d.held_out,
+    given=d,
+    seed=config.seed,
   )
   path, pages = workdir / "tokenizer.model", make_pages(config, world, count=5000)
   texts = [prompt + page for prompt, page in pages]
@@ -139,6 +147,19 @@ def prepare(
   windows = settings.windows(c, 1 + longest([page for _, page in pages]))
   for _, tokens in windows:
     settings.step_config(c, tokens)
+  host_reward = None
+  needs_host = sorted({p.kind for p in (*world.train, *kept)} - {"answer"})
+  if c.reward.host:
+    progress.say("reward: trying the golds, the rules and what they need")
+    scorer = Scorer(
+      settings.scorer_config(c), [*world.train, *kept], load_rules(c.reward.rules)
+    )
+    host_reward = HostReward(scorer, world.train, tokenizer)
+  elif needs_host:
+    raise UserError(
+      f"config.reward.host=False and there are problems of kind {needs_host[0]!r}:"
+      " only the host's rules can judge them. Set config.reward.host=True."
+    )
   # Only now is the folder claimed: a mistake found above leaves nothing behind.
   tokenizer.save(path)
   write_json(workdir / "config.json", identity(config))
@@ -159,6 +180,7 @@ def prepare(
     held_out_problems=kept,
     page=2 + longest(texts),  # BOS and EOS
     windows=windows,
+    host_reward=host_reward,
   )
 
 

@@ -13,9 +13,10 @@ from r1jax.models.config import PRESETS, PolicyConfig
 from r1jax.objective import Objective
 from r1jax.optimizer import OptimizerConfig, learning_rate
 from r1jax.ppo import PPOConfig
-
-# Parts of the rule reward (rewards/in_graph.py).
-REWARD_PARTS = ("accuracy", "format")
+from r1jax.rewards.program import Limits
+from r1jax.rewards.rules import load_rules
+from r1jax.rewards.scorer import ScorerConfig
+from r1jax.rewards.verdict import OUTCOMES
 
 # Keys that change neither the weights nor the figures of a run.
 FREE = ("seeds", "compilation_cache")
@@ -67,6 +68,29 @@ def step_config(config: ConfigDict, max_tokens: int) -> GRPOConfig | PPOConfig:
   if "ppo" not in config:
     return GRPOConfig(**parts)
   return PPOConfig(**parts, value_clip=config.ppo.value_clip, whiten=config.ppo.whiten)
+
+
+def scorer_config(config: ConfigDict) -> ScorerConfig:
+  r = config.reward
+  limits = Limits(
+    seconds=r.code_seconds, cpu_seconds=r.code_cpu_seconds, memory_mib=r.code_memory_mib
+  )
+  same = ("accuracy_weight", "format_weight", "language_weight", "language")
+  same += ("language_detector", "workers", "maths", "maths_seconds", "sandbox")
+  return ScorerConfig(
+    **{key: r[key] for key in same},
+    prefill_think=config.data.prefill_think,
+    limits=limits,
+  )
+
+
+def reward_parts(config: ConfigDict) -> dict[str, float]:
+  """The parts of the reward and their weights."""
+  r = config.reward
+  parts = {"accuracy": r.accuracy_weight, "format": r.format_weight}
+  if r.language_weight:
+    parts["language"] = r.language_weight
+  return {**parts, **{n: weight for n, (weight, _) in load_rules(r.rules).items()}}
 
 
 def idle(config: ConfigDict) -> list[str]:
@@ -154,6 +178,7 @@ def check(config: ConfigDict, devices: int) -> None:
     step_config(c, tokens)
   o, sizes = objective(c), policy_config(c, vocab=512)
   learning_rate(optimizer_config(c))
+  scorer_config(c)
   shape = sharding.check_mesh(c.mesh, devices)
   shards = shape[0] * shape[1]
   rows, parts = c.prompts * g.group_size, g.minibatches * g.micro_batches
@@ -218,6 +243,7 @@ def check(config: ConfigDict, devices: int) -> None:
       f"pretrain.mtp_coef={c.pretrain.mtp_coef} needs model.mtp_depth=1",
     ),
     *learning_rules(c, o, sizes),
+    *reward_rules(c),
     (
       0 < c.data.held_out < 1,
       f"data.held_out={c.data.held_out} must lie between 0 and 1",
@@ -232,7 +258,7 @@ def learning_rules(
   c: ConfigDict, o: Objective, sizes: PolicyConfig
 ) -> list[tuple[bool, str]]:
   """(holds, what came and the rule): of the objective beside the rest of the config."""
-  g = c.grpo
+  g, parts = c.grpo, reward_parts(c)
   return [
     (
       "ppo" not in c or not c.segment_tokens,
@@ -256,15 +282,44 @@ def learning_rules(
       f"grpo.traced_groups={g.traced_groups} must lie in 0..prompts={c.prompts}",
     ),
     (
-      o.filter_on in ("reward", *REWARD_PARTS),
+      o.filter_on in ("reward", *parts),
       f"objective.filter_on={o.filter_on!r} is neither 'reward' nor one of its parts,"
-      f" {', '.join(REWARD_PARTS)}",
+      f" {', '.join(parts)}",
     ),
     (
-      o.pool == 1
-      or o.filter_on == "reward"
-      or c.reward.get(f"{o.filter_on}_weight", 1) > 0,
+      o.pool == 1 or o.filter_on == "reward" or parts.get(o.filter_on, 1) > 0,
       f"objective.filter_on={o.filter_on!r} chooses groups by a part of the reward"
       f" whose weight, reward.{o.filter_on}_weight, is 0: their advantages would be 0",
+    ),
+  ]
+
+
+def reward_rules(c: ConfigDict) -> list[tuple[bool, str]]:
+  """(holds, what came and the rule): of the reward."""
+  r = c.reward
+  return [
+    (
+      r.host or not (r.rules or r.language_weight),
+      f"reward.rules={r.rules!r} and reward.language_weight={r.language_weight} are"
+      " read from text: set reward.host=True",
+    ),
+    (
+      min(r.code_seconds, r.code_cpu_seconds, r.maths_seconds) > 0,
+      f"reward.code_seconds={r.code_seconds}, reward.code_cpu_seconds="
+      f"{r.code_cpu_seconds} and reward.maths_seconds={r.maths_seconds} must be above"
+      " 0",
+    ),
+    (
+      r.code_memory_mib >= 32,
+      f"reward.code_memory_mib={r.code_memory_mib} must be at least 32: Python itself"
+      " needs that",
+    ),
+    *(
+      (0 <= share <= 1, f"reward.alarm.{name}={share} is a share: 0 to 1")
+      for name, share in r.alarm.items()
+    ),
+    *(
+      (name in OUTCOMES, f"reward.alarm.{name}: an outcome is one of {OUTCOMES}")
+      for name in r.alarm
     ),
   ]

@@ -15,11 +15,12 @@ from jax.sharding import PartitionSpec as P
 from r1jax.errors import UserError
 
 AXES = ("fsdp", "expert", "tensor")
+BATCH = ("fsdp", "expert")  # the axes that cut rows
 
 # Logical axis -> mesh axis (None: replicated). The batch of prompts is spread over
 # every axis that does not split a matrix product.
 RULES = (
-  ("batch", ("fsdp", "expert")),
+  ("batch", BATCH),
   ("embed", "fsdp"),
   ("vocab", "tensor"),
   ("heads", "tensor"),
@@ -93,7 +94,7 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows of prompts, rollouts and pages: cut along their first axis."""
-  return NamedSharding(mesh, P(("fsdp", "expert")))
+  return NamedSharding(mesh, P(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -108,5 +109,5 @@ def shard_batch(x: jax.Array, axis: int = 0) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  cut = *([None] * axis), ("fsdp", "expert")
+  cut = *([None] * axis), BATCH
   return jax.lax.with_sharding_constraint(x, P(*cut))

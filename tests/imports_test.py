@@ -10,7 +10,7 @@ RANKS = [
   names.split()
   for names in (
     "r1jax.errors",
-    "r1jax.kernels r1jax.sharding r1jax.data.tokenizer",
+    "r1jax.kernels r1jax.sharding r1jax.data.tokenizer r1jax.data.problem",
     "r1jax.ops r1jax.rewards",
     "r1jax.models",
     "r1jax.objective r1jax.support r1jax.train_state r1jax.optimizer",
@@ -18,7 +18,7 @@ RANKS = [
     "r1jax.prompts r1jax.rollout r1jax.dynamic_sampling r1jax.experience"
     " r1jax.advantages",
     "r1jax.policy_loss r1jax.moe_losses r1jax.diagnostics",
-    "r1jax.grpo r1jax.segments r1jax.ppo r1jax.sft r1jax.presets",
+    "r1jax.grpo r1jax.segments r1jax.ppo r1jax.sft r1jax.presets r1jax.host_reward",
     "r1jax.data r1jax.settings r1jax.checkpoint r1jax.metrics r1jax.report"
     " r1jax.progress r1jax.token_report",
     "r1jax.evals r1jax.run",
@@ -29,7 +29,8 @@ RANKS = [
 ]
 # The spine: within these ranks a file may also import the ones before it.
 ORDERED = [
-  *("r1jax.prompts", "r1jax.rollout", "r1jax.dynamic_sampling", "r1jax.experience"),
+  *("r1jax.prompts", "r1jax.rollout", "r1jax.dynamic_sampling", "r1jax.advantages"),
+  "r1jax.experience",
   *("r1jax.grpo", "r1jax.ppo", "r1jax.segments"),
 ]
 FILES = sorted([*ROOT.glob("r1jax/**/*.py"), *ROOT.glob("experiments/**/*.py")])

@@ -8,7 +8,7 @@ import dataclasses
 import random
 import re
 
-from r1jax.data.problems import Problem
+from r1jax.data.problem import Problem
 from r1jax.errors import UserError
 
 
@@ -52,7 +52,8 @@ class Chain:
 
   def is_fact(self, text: str) -> bool:
     """Whether a sum is a single step, which the corpus states outright."""
-    return len(re.findall(r"\d+", text)) < 3
+    is_sum = re.fullmatch(r"[\d\s+-]+", text)
+    return bool(is_sum) and len(re.findall(r"\d+", text)) < 3
 
   def _move(self, value: int, rng: random.Random) -> tuple[str, int, int]:
     """A random operation that keeps the total in range: (op, number, result)."""

@@ -9,7 +9,8 @@ import random
 import numpy as np
 
 from r1jax import prompts
-from r1jax.data.problems import Problem, Task
+from r1jax.data.problem import Problem
+from r1jax.data.problems import Task
 from r1jax.data.tokenizer import Tokenizer
 
 

@@ -2,21 +2,14 @@
 
 import dataclasses
 import hashlib
-import json
-import pathlib
 import random
 from typing import Protocol
 
 import grain
 import numpy as np
 
+from r1jax.data.problem import Problem
 from r1jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-  problem: str
-  answers: tuple[str, ...]  # every accepted answer, the first one canonical
 
 
 class Task(Protocol):
@@ -77,75 +70,6 @@ def generate(task: Task, *, pretrain: int, train: int, held_out: int) -> Split:
     if len(sides[side]) < wanted[side]:
       sides[side].setdefault(p.problem, p)
   return Split(**{s: list(p.values()) for s, p in sides.items()})
-
-
-def read_jsonl(
-  path: str | pathlib.Path, *, skip_malformed: bool = False
-) -> list[Problem]:
-  """Reads {"problem": "...", "answer": "..." or [...]} a line, as GSM8K-like sets have.
-
-  `question` is read as `problem` too; a GSM8K answer keeps what follows its `####`.
-
-  Args:
-    path: a UTF-8 file.
-    skip_malformed: leave malformed lines out instead of refusing the file.
-
-  Raises:
-    UserError: no such file, nothing in it, or a malformed line (its number is named).
-  """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise UserError(f"config.data.problems={path}: there is no such file.")
-  problems, bad = [], []
-  for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-    if not line.strip():
-      continue
-    try:
-      problems.append(_parse(line))
-    except ValueError as e:
-      bad.append(f"{path}:{number}: {e}: {line[:60]!r}")
-  if bad and not skip_malformed:
-    raise UserError(
-      f"{bad[0]}"
-      + (f" (and {len(bad) - 1} more such lines)" if len(bad) > 1 else "")
-      + '. A line is {"problem": "...", "answer": "..."}; mend it, or leave such lines'
-      " out with --config.data.skip_malformed=True."
-    )
-  if not problems:
-    raise UserError(
-      f"config.data.problems={path} holds no usable problem"
-      f" ({len(bad)} malformed lines)."
-    )
-  return problems
-
-
-def _parse(line: bytes) -> Problem:
-  try:
-    row = json.loads(line.decode("utf-8"))
-  except UnicodeDecodeError as e:
-    raise ValueError("not UTF-8") from e
-  except json.JSONDecodeError as e:
-    raise ValueError(f"not JSON ({e.msg})") from e
-  if not isinstance(row, dict):
-    raise ValueError("not a JSON object")
-  text = row.get("problem", row.get("question"))
-  answers = row.get("answer")
-  if not isinstance(text, str) or not text.strip():
-    raise ValueError('no text under "problem"')
-  answers = answers if isinstance(answers, list) else [answers]
-  if not answers or not all(
-    isinstance(a, str | int | float) and not isinstance(a, bool) and str(a).strip()
-    for a in answers
-  ):
-    raise ValueError('no text or number under "answer"')
-  final = tuple(str(a).rpartition("####")[2].strip() for a in answers)
-  if not all(final):
-    raise ValueError('nothing follows "####"')
-  try:
-    "".join([text, *final]).encode()
-  except UnicodeEncodeError as e:
-    raise ValueError("half a surrogate pair") from e
-  return Problem(text.strip(), final)
 
 
 def split_file(problems: list[Problem], *, held_out: float) -> tuple[list, list]:

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import random
 
-from r1jax.data.problems import Problem
+from r1jax.data.problem import Problem
 from r1jax.errors import UserError
 
 OPERATORS = "+-*"
@@ -47,7 +47,7 @@ class Puzzle:
 
   def is_fact(self, text: str) -> bool:
     """Whether a puzzle is a single step, which the corpus states outright."""
-    return text.count("?") < 2
+    return set(text) <= set("0123456789 ?=-") and text.count("?") < 2
 
   def page(self, kind: str, problem: Problem, rng: random.Random) -> str:
     """What stands after a prompt.

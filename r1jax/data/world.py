@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 import dataclasses
+import json
 
 import numpy as np
 
 from r1jax import prompts
-from r1jax.data import problems
+from r1jax.data import gym, problems, sources
 from r1jax.data.chain import Chain
-from r1jax.data.problems import Problem, Task
+from r1jax.data.problem import Problem
+from r1jax.data.problems import Task
 from r1jax.data.puzzle import Puzzle
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
@@ -37,9 +39,8 @@ def make_world(
   task: Task,
   *,
   counts: dict[str, int],
-  problems_file: str,
-  skip_malformed: bool,
-  held_out: float,
+  given: Mapping,
+  seed: int,
 ) -> World:
   """Problems of the task; with a file, RL and evaluation problems come from it instead,
   and the corpus is still the task's, without any problem of the file.
@@ -49,16 +50,17 @@ def make_world(
   Args:
     task: the generator.
     counts: {"pretrain", "train", "held_out"}: how many to generate.
-    problems_file: a JSONL file, or "" for generated problems.
-    skip_malformed: leave its malformed lines out.
-    held_out: the share of the file that is kept for evaluation.
+    given: a config's `data`: `problems`, "" for the task's own; `source` and
+      `skip_malformed`; `held_out`, the share that is kept for evaluation; `count` and
+      `options`, of reasoning-gym.
+    seed: of reasoning-gym's problems.
   """
   made = problems.generate(task, **counts)
-  if not problems_file:
+  if not given["problems"]:
     asked = [p for p in made.held_out if not task.is_fact(p.problem)]
     return World(task, made.pretrain, made.train, asked)
-  rows = problems.read_jsonl(problems_file, skip_malformed=skip_malformed)
-  train, kept = problems.split_file(rows, held_out=held_out)
+  rows = read(given, seed)
+  train, kept = problems.split_file(rows, held_out=given["held_out"])
   of_file = {problems.squeeze(p.problem) for p in rows}
   pretrain = [
     p
@@ -66,6 +68,21 @@ def make_world(
     if problems.squeeze(p.problem) not in of_file
   ]
   return World(task, pretrain, train, [p for p in kept if not task.is_fact(p.problem)])
+
+
+def read(given: Mapping, seed: int) -> list[Problem]:
+  """The problems that a config's `data` names."""
+  name, source = given["problems"], given["source"]
+  if source == "reasoning_gym":
+    try:
+      options = json.loads(given["options"] or "{}")
+    except json.JSONDecodeError as error:
+      raise UserError(
+        f"config.data.options={given['options']!r} is not JSON ({error}). It is an"
+        ' object such as {"min_terms": 2}.'
+      ) from error
+    return gym.generate(name, given["count"], seed=seed, options=options)
+  return sources.read(source, name, skip_malformed=given["skip_malformed"])
 
 
 def encode_problems(
@@ -104,8 +121,8 @@ def encode_problems(
   answers = [[ids for a in p.answers for ids in _spellings(a, tokenizer)] for p in rows]
   shape = (
     len(rows),
-    max(len(accepted) for accepted in answers),
-    max(len(a) for accepted in answers for a in accepted),
+    max((len(accepted) for accepted in answers), default=0),
+    max((len(a) for accepted in answers for a in accepted), default=0),
   )
   padded = np.full(shape, -1, np.int32)
   for i, accepted in enumerate(answers):

@@ -5,11 +5,14 @@ import re
 
 import numpy as np
 
-from r1jax.data.problems import Problem
+from r1jax.data.problem import Problem
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.evals import pass_at_k
-from r1jax.rewards.accuracy import accuracy, extract_answer
+from r1jax.rewards.accuracy import answered
+from r1jax.rewards.extraction import extract_answer
 from r1jax.rewards.format import format_reward
+from r1jax.rewards.scorer import Scorer
+from r1jax.rewards.verdict import Verdict
 from r1jax.rollout import Rollout
 
 # The words whose frequency R1 tracks (supplement, "self-evolution" of R1-Zero).
@@ -43,23 +46,37 @@ def reflections(text: str) -> int:
   return len(REFLECTION.findall(text))
 
 
-def summarise(samples: Samples, *, prefill_think: bool) -> dict[str, float]:
+def summarise(
+  samples: Samples, *, prefill_think: bool, scorer: Scorer | None = None
+) -> dict[str, float]:
   """The figures of an evaluation, from text alone.
+
+  Args:
+    samples: what was said.
+    prefill_think: the prompts ended in `<think>`.
+    scorer: says what is right; None: the exact comparison of accuracy.py.
 
   Returns:
     pass_at_1, cons_at_N, pass_at_N (N samples a problem), mean_length in tokens,
-    reflection_rate in words a response, format_rate, truncation_rate.
+    reflection_rate in words a response, format_rate, truncation_rate, and with a scorer
+    lost_rate: samples that could not be scored, which count as wrong.
   """
-  correct = np.array(
-    [
-      [accuracy(text, problem.answers) > 0 for text in texts]
-      for problem, texts in zip(samples.problems, samples.texts, strict=True)
-    ]
-  )
-  flat = [text for texts in samples.texts for text in texts]
+  how = dict(prefill_think=prefill_think)
+  pairs = [
+    (text, problem)
+    for problem, texts in zip(samples.problems, samples.texts, strict=True)
+    for text in texts
+  ]
+  if scorer:
+    verdicts = scorer.verdicts(pairs)
+  else:
+    verdicts = [answered(text, problem.answers, **how) for text, problem in pairs]
+  shape = len(samples.problems), -1
+  correct = np.array([v.outcome == "correct" for v in verdicts]).reshape(shape)
+  flat = [text for text, _ in pairs]
   n = correct.shape[1]
-  answers = [[extract_answer(t) for t in texts] for texts in samples.texts]
-  formats = [format_reward(t, prefill_think=prefill_think) for t in flat]
+  answers = [[extract_answer(t, **how) for t in texts] for texts in samples.texts]
+  formats = [format_reward(t, **how) for t in flat]
   return {
     "pass_at_1": pass_at_k.pass_at_1(correct),
     f"cons_at_{n}": pass_at_k.cons_at_n(answers, correct),
@@ -68,4 +85,10 @@ def summarise(samples: Samples, *, prefill_think: bool) -> dict[str, float]:
     "reflection_rate": float(np.mean([reflections(t) for t in flat])),
     "format_rate": float(np.mean(formats)),
     "truncation_rate": float(1.0 - samples.ended.mean()),
+    **({"lost_rate": lost_rate(verdicts)} if scorer else {}),
   }
+
+
+def lost_rate(verdicts: list[Verdict]) -> float:
+  """The share of samples that could not be scored."""
+  return float(np.mean([v.outcome == "infrastructure" for v in verdicts]))

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from r1jax.rewards.accuracy import number
+from r1jax.rewards import reading
 
 
 def pass_at_1(correct: np.ndarray) -> float:
@@ -56,5 +56,7 @@ def cons_at_n(answers: Sequence[Sequence[str | None]], correct: np.ndarray) -> f
 
 def equivalence_class(answer: str) -> str:
   """The number an answer denotes, or its own text."""
-  value = number(answer)
-  return answer.strip() if value is None else str(value)
+  said = reading.parse(answer)
+  if said is None or said.kind != "number":
+    return answer.strip()
+  return str(said.value / 100 if said.percent else said.value)

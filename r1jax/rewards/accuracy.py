@@ -1,41 +1,75 @@
 """Is the final answer right? (R1, section 2.2: accuracy rewards.)"""
 
-from collections.abc import Sequence
-from fractions import Fraction
-import re
+from collections.abc import Callable, Sequence
 
-MAX_DIGITS = 100  # a longer number is compared as text
-_NUMBER = re.compile(
-  r"[+-]?((\d+(\.\d*)?|\.\d+)(e[+-]?\d{1,3})?|\d+/\d+)", re.ASCII | re.IGNORECASE
-)
+from r1jax.rewards import reading, values
+from r1jax.rewards.extraction import extract_answer
+from r1jax.rewards.verdict import Verdict
 
-
-def extract_answer(completion: str) -> str | None:
-  """The text between the last `<answer>` and the `</answer>` that follows it, stripped;
-  None where there is none or it is empty."""
-  _, opened, tail = completion.rpartition("<answer>")
-  content, closed, _ = tail.partition("</answer>")
-  return (content.strip() or None) if opened and closed else None
+# (gold, answer) in LaTeX -> equal, different, timeout, memory or crash (maths.py)
+Algebra = Callable[[str, str], str]
 
 
-def accuracy(completion: str, accepted: Sequence[str]) -> float:
-  """1.0 if the extracted answer is one of the accepted, as text or as a number."""
-  answer = extract_answer(completion)
+def accuracy(
+  completion: str, accepted: Sequence[str], *, prefill_think: bool = False
+) -> float:
+  """1.0 if the extracted answer says what one of the accepted says, without algebra."""
+  return answered(completion, accepted, prefill_think=prefill_think).score
+
+
+def answered(
+  completion: str,
+  accepted: Sequence[str],
+  *,
+  kind: str = "answer",
+  prefill_think: bool = False,
+  algebra: Algebra | None = None,
+) -> Verdict:
+  """Extracts the answer and compares it.
+
+  Args:
+    completion: the model's text.
+    accepted: the golds; one of them is enough.
+    kind: `answer`, compared as the gold's type demands (values.py); `text`, the same
+      but for white space; or `choice`, a letter.
+    prefill_think: the prompt already ended in `<think>`.
+    algebra: asked about expressions that are not the same text; None: they differ.
+  """
+  answer = extract_answer(completion, prefill_think=prefill_think)
   if answer is None:
-    return 0.0
-  value = number(answer)
+    return Verdict("unparsable", "no answer")
+  if kind == "choice":
+    return _chosen(answer, accepted)
+  if any(answer.split() == gold.split() for gold in accepted):
+    return Verdict("correct")
+  if kind == "text":
+    return Verdict("wrong", answer[:60])
+  options = [reading.letter(gold) for gold in accepted if reading.is_option(gold)]
+  if options and reading.letter(answer) in options:
+    return Verdict("correct")
+  said = reading.parse(answer)
+  if said is None:
+    return Verdict("unparsable", f"the answer cannot be read: {answer[:60]!r}")
+  undecided = []
+
+  def equal(gold: str, answer: str) -> bool:
+    result = algebra(gold, answer)
+    if result in ("timeout", "memory"):
+      undecided.append(result)
+    return result == "equal"
+
   for gold in accepted:
-    if answer == gold.strip() or (value is not None and value == number(gold)):
-      return 1.0
-  return 0.0
+    meant = reading.parse(gold)
+    if meant is not None and values.same(meant, said, equal if algebra else None):
+      return Verdict("correct")
+  if undecided:
+    return Verdict(undecided[0], f"algebra on {answer[:60]!r}")
+  return Verdict("wrong", answer[:60])
 
 
-def number(text: str) -> Fraction | None:
-  """The value of `12`, `-0.5`, `5e-1` or `1/2`; None for anything else."""
-  text = text.strip()
-  if len(text) > MAX_DIGITS or not _NUMBER.fullmatch(text):
-    return None
-  try:
-    return Fraction(text)
-  except (ValueError, ZeroDivisionError):
-    return None
+def _chosen(answer: str, accepted: Sequence[str]) -> Verdict:
+  chosen = reading.letter(answer)
+  if chosen is None:
+    return Verdict("unparsable", f"no letter: {answer[:60]!r}")
+  right = chosen in [reading.letter(gold) for gold in accepted]
+  return Verdict("correct" if right else "wrong", chosen)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from r1jax.data.tokenizer import Tokenizer
+from r1jax.rewards.verdict import OUTCOMES
 
 
 @struct.dataclass
@@ -25,11 +26,28 @@ class Rewards:
   total: jax.Array  # B G float32
   parts: dict[str, jax.Array]  # B G float32 each, without their weights
   weights: tuple[tuple[str, float], ...] = struct.field(pytree_node=False)
+  outcome: jax.Array | None = None  # B G int32, a place in OUTCOMES; None: all scored
+
+  @property
+  def valid(self) -> jax.Array:
+    """B G bool: the samples that were scored. The others, lost by a failure of the
+    infrastructure, have no share in any statistic and no loss."""
+    if self.outcome is None:
+      return jnp.ones(self.total.shape, bool)
+    return self.outcome != OUTCOMES.index("infrastructure")
+
+  def mean(self, x: jax.Array) -> jax.Array:
+    """Of [B, G] values over the samples that were scored; 0 without any."""
+    valid = self.valid
+    return jnp.where(valid, x, 0.0).sum() / jnp.maximum(valid.sum(), 1)
 
   @classmethod
-  def of(cls, **weighted: tuple[float, jax.Array]) -> "Rewards":
+  def of(
+    cls, outcome: jax.Array | None = None, **weighted: tuple[float, jax.Array]
+  ) -> "Rewards":
     """From name=(weight, part [B, G])."""
     return cls(
+      outcome=outcome,
       total=sum(w * x for w, x in weighted.values()),
       parts={name: x for name, (_, x) in weighted.items()},
       weights=tuple((name, float(w)) for name, (w, _) in weighted.items()),
@@ -37,7 +55,7 @@ class Rewards:
 
   def plus(self, name: str, weight: float, part: jax.Array) -> "Rewards":
     """With one more part."""
-    return Rewards(
+    return self.replace(
       total=self.total + weight * part,
       parts={**self.parts, name: part},
       weights=(*self.weights, (name, float(weight))),
@@ -63,23 +81,33 @@ class TagTable:
 
 
 def accuracy(
-  tokens: jax.Array, mask: jax.Array, accepted: jax.Array, tags: TagTable
-) -> jax.Array:
+  tokens: jax.Array,
+  mask: jax.Array,
+  accepted: jax.Array,
+  tags: TagTable,
+  *,
+  prefill_think: bool = False,
+) -> tuple[jax.Array, jax.Array]:
   """1 where the tokens between the last `<answer>` and the next `</answer>`, outer
-  white space aside, equal an accepted answer.
+  white space aside, equal an accepted answer. What stands in the thinking, or after one
+  that never ends, is no answer.
 
   Args:
     tokens: [B, G, T] int32 completions.
     mask: [B, G, T] bool.
     accepted: [B, K, L] int32, -1 beyond each answer's end; a row of -1 accepts nothing.
     tags: of the tokenizer.
+    prefill_think: the prompt already ended in `<think>`.
 
   Returns:
-    [B, G] float32.
+    [B, G] float32, and the outcomes [B, G] int32: correct, wrong or unparsable.
   """
   length = tokens.shape[-1]
   at = jnp.arange(length).reshape(1, 1, -1)
+  thought = jnp.max(jnp.where(mask & (tokens == tags.end_think), at, -1), axis=-1)
+  thinks = prefill_think | jnp.any(mask & (tokens == tags.think), axis=-1)
   opened = jnp.max(jnp.where(mask & (tokens == tags.answer), at, -1), axis=-1)
+  opened = jnp.where((opened < thought) | (thinks & (thought < 0)), -1, opened)
   closing = mask & (tokens == tags.end_answer) & (at > opened[..., None])
   closed = jnp.min(jnp.where(closing, at, length), axis=-1)
   inside = (at > opened[..., None]) & (at < closed[..., None])
@@ -92,9 +120,11 @@ def accuracy(
   said = jnp.take_along_axis(tokens, jnp.clip(window, 0, length - 1), axis=-1)
   said = jnp.where(window <= last[..., None], said, -1)
   same = jnp.all(said[:, :, None] == accepted[:, None], axis=-1)  # B G K
-  fits = (last - first < width) & (first < length)
-  valid = (opened >= 0) & (closed < length) & fits
-  return (valid & same.any(axis=-1)).astype(jnp.float32)
+  found = (opened >= 0) & (closed < length) & (first < length)
+  right = found & (last - first < width) & same.any(axis=-1)
+  correct, wrong, unparsable = map(OUTCOMES.index, ("correct", "wrong", "unparsable"))
+  outcome = jnp.where(right, correct, jnp.where(found, wrong, unparsable))
+  return right.astype(jnp.float32), outcome.astype(jnp.int32)
 
 
 def format_reward(
@@ -150,10 +180,14 @@ def rule_reward(
   """
 
   def reward(prompts: Any, rollout: Any) -> Rewards:
-    acc = accuracy(rollout.tokens, rollout.mask, prompts.answers, tags)
+    acc, outcome = accuracy(
+      rollout.tokens, rollout.mask, prompts.answers, tags, prefill_think=prefill_think
+    )
     form = format_reward(
       rollout.tokens, rollout.mask, tags, prefill_think=prefill_think
     )
-    return Rewards.of(accuracy=(accuracy_weight, acc), format=(format_weight, form))
+    return Rewards.of(
+      outcome, accuracy=(accuracy_weight, acc), format=(format_weight, form)
+    )
 
   return reward

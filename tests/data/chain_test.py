@@ -7,7 +7,7 @@ import re
 import pytest
 
 from r1jax.data.chain import Chain, evaluate
-from r1jax.data.problems import Problem
+from r1jax.data.problem import Problem
 from r1jax.errors import UserError
 
 STEP = re.compile(r"(wait )?(-?\d+) ([+-]) (\d+) = (-?\d+)")

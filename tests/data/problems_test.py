@@ -6,9 +6,9 @@ import random
 import numpy as np
 import pytest
 
-from r1jax.data import problems
+from r1jax.data import problems, sources
 from r1jax.data.chain import Chain
-from r1jax.data.problems import Problem
+from r1jax.data.problem import Problem
 from r1jax.errors import UserError
 
 
@@ -43,12 +43,12 @@ def write(tmp_path, *lines):
   ],
 )
 def test_a_good_line_is_read(tmp_path, line, want):
-  assert problems.read_jsonl(write(tmp_path, line)) == [want]
+  assert sources.read("jsonl", write(tmp_path, line)) == [want]
 
 
 def test_empty_lines_are_no_lines(tmp_path):
   path = write(tmp_path, "", '{"problem": "p", "answer": "1"}', "  ", "\r", "")
-  assert problems.read_jsonl(str(path)) == [Problem("p", ("1",))]
+  assert sources.read("jsonl", str(path)) == [Problem("p", ("1",))]
 
 
 BAD = [
@@ -80,12 +80,12 @@ def test_a_bad_line_is_refused_by_number_with_both_remedies(tmp_path, line, why)
   good = '{"problem": "p", "answer": "1"}'
   path = write(tmp_path, good, "", line, good)
   with pytest.raises(UserError) as error:
-    problems.read_jsonl(path)
+    sources.read("jsonl", path)
   text = str(error.value)
   assert f"{path}:3: " in text and why in text
   assert '{"problem": "...", "answer": "..."}' in text
   assert "--config.data.skip_malformed=True" in text
-  kept = problems.read_jsonl(path, skip_malformed=True)
+  kept = sources.read("jsonl", path, skip_malformed=True)
   assert kept == [Problem("p", ("1",))] * 2
 
 
@@ -99,25 +99,25 @@ def test_a_bad_line_is_refused_by_number_with_both_remedies(tmp_path, line, why)
 def test_a_line_that_no_later_room_can_use_is_malformed(tmp_path, line):
   """An empty answer can never be given; half a surrogate pair cannot be encoded."""
   with pytest.raises(UserError, match=":1: "):
-    problems.read_jsonl(write(tmp_path, line))
+    sources.read("jsonl", write(tmp_path, line))
 
 
 def test_more_bad_lines_are_counted(tmp_path):
   with pytest.raises(UserError, match=r":1: .*and 2 more such lines"):
-    problems.read_jsonl(write(tmp_path, "{", "{", "{"))
+    sources.read("jsonl", write(tmp_path, "{", "{", "{"))
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
   with pytest.raises(UserError, match=r"config\.data\.problems=.*none\.jsonl.*no such"):
-    problems.read_jsonl(tmp_path / "none.jsonl")
+    sources.read("jsonl", tmp_path / "none.jsonl")
   with pytest.raises(UserError, match="no such file"):
-    problems.read_jsonl(tmp_path)  # a folder
+    sources.read("jsonl", tmp_path)  # a folder
 
 
 @pytest.mark.parametrize("lines", [[], [""], ["{", "{"]])
 def test_a_file_without_a_problem_is_refused(tmp_path, lines):
   with pytest.raises(UserError, match=r"no usable problem \(\d malformed"):
-    problems.read_jsonl(write(tmp_path, *lines), skip_malformed=True)
+    sources.read("jsonl", write(tmp_path, *lines), skip_malformed=True)
 
 
 # -- sides -----------------------------------------------------------------------------

@@ -13,7 +13,13 @@ from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
 
 COUNTS = {"pretrain": 300, "train": 200, "held_out": 60}
-SOURCE = dict(counts=COUNTS, skip_malformed=False, held_out=0.5)
+SOURCE = dict(counts=COUNTS, seed=0)
+
+
+def given(problems):
+  return dict(problems=problems, source="jsonl", skip_malformed=False, held_out=0.5)
+
+
 MIX = dict(facts=0.3, bare=0.1, guess=0.2, working=0.2, checked=0.2)
 TASKS = [Chain(), Chain(min_terms=2, max_terms=5, low=-9, high=20), Puzzle()]
 
@@ -21,7 +27,7 @@ TASKS = [Chain(), Chain(min_terms=2, max_terms=5, low=-9, high=20), Puzzle()]
 def sums_file(path, count=80):
   """Sums of two to four terms, some without spaces."""
   task, rows = Chain(min_terms=2, max_terms=4, low=-9, high=20), []
-  made = worlds.make_world(task, problems_file="", **SOURCE)
+  made = worlds.make_world(task, given=given(""), **SOURCE)
   for i, p in enumerate((made.train + made.pretrain)[:count]):
     text = squeeze(p.problem) if i % 3 == 0 else p.problem
     rows.append(json.dumps({"problem": text, "answer": p.answers[0]}))
@@ -31,7 +37,7 @@ def sums_file(path, count=80):
 
 @pytest.mark.parametrize("task", TASKS, ids=str)
 def test_the_sides_of_generated_problems_never_mix(task):
-  world = worlds.make_world(task, problems_file="", **SOURCE)
+  world = worlds.make_world(task, given=given(""), **SOURCE)
   sides = [
     {p.problem for p in s} for s in (world.pretrain, world.train, world.held_out)
   ]
@@ -41,7 +47,7 @@ def test_the_sides_of_generated_problems_never_mix(task):
 
 def test_no_page_is_about_a_problem_of_the_file_however_it_is_spaced(tmp_path):
   task = sums_file(tmp_path / "sums.jsonl")
-  world = worlds.make_world(task, problems_file=tmp_path / "sums.jsonl", **SOURCE)
+  world = worlds.make_world(task, given=given(tmp_path / "sums.jsonl"), **SOURCE)
   about = {squeeze(p.problem) for p in world.pretrain}
   assert about
   assert not about & {squeeze(p.problem) for p in world.train + world.held_out}
@@ -49,7 +55,7 @@ def test_no_page_is_about_a_problem_of_the_file_however_it_is_spaced(tmp_path):
 
 @pytest.mark.parametrize("task", TASKS, ids=str)
 def test_no_page_states_a_held_out_problem_with_its_answer(task):
-  world = worlds.make_world(task, problems_file="", **SOURCE)
+  world = worlds.make_world(task, given=given(""), **SOURCE)
   how = dict(mix=MIX, template="short", facts_a_page=4, seed=0)
   pages = corpus.pages(task, world.pretrain, 3000, **how)
   text = "\n".join(prompt + page for prompt, page in pages)
@@ -61,7 +67,7 @@ def test_no_page_states_a_held_out_problem_with_its_answer(task):
 
 def test_a_single_step_is_not_evaluated_on(tmp_path):
   task = sums_file(tmp_path / "sums.jsonl")
-  world = worlds.make_world(task, problems_file=tmp_path / "sums.jsonl", **SOURCE)
+  world = worlds.make_world(task, given=given(tmp_path / "sums.jsonl"), **SOURCE)
   assert any(task.is_fact(p.problem) for p in world.train)
   assert not any(task.is_fact(p.problem) for p in world.held_out)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from r1jax.data.problems import Problem
+from r1jax.data.problem import Problem
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.evals.generate import Samples, reflections, summarise, texts_of
 from r1jax.rollout import Rollout

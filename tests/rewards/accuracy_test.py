@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from r1jax.rewards.accuracy import accuracy, extract_answer
+from r1jax.rewards.accuracy import accuracy
+from r1jax.rewards.extraction import extract_answer
 
 
 @pytest.mark.parametrize(
@@ -15,7 +16,16 @@ from r1jax.rewards.accuracy import accuracy, extract_answer
     ("<answer>7</answer><answer>8</answer>", "8"),  # the last block
     ("<answer>7<answer>8</answer>", "8"),
     ("<answer>7</answer>8</answer>", "7"),  # the next closing tag
-    ("<think><answer>7</answer></think>", "7"),
+    ("<think><answer>7</answer></think>", None),  # thought, not answered
+    ("<think><answer>7</answer>", None),  # thinks to the end
+    (r"<answer>\boxed{7}</answer>", "7"),
+    (r"<answer>so \boxed{7}, no: \boxed{8}.</answer>", "8"),
+    (r"<answer>\boxed{7</answer>", None),  # its braces do not match
+    (r"It is \boxed{7}, no, \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+    (r"<think>\boxed{7}</think>", None),
+    (r"<think>\boxed{7}</think>\boxed{8}", "8"),
+    (r"\boxed{7} <answer>8", None),  # a block that is opened must be closed
+    (r"\boxed{}", None),
     ("<think>a<answer>1</answer></think><answer>2</answer>", "2"),
     ("<answer>two words</answer>", "two words"),
     ("<answer>a < b</answer>", "a < b"),
@@ -59,8 +69,10 @@ def test_the_answer_is_what_the_last_block_holds(completion, answer):
     ("*+", ["+-", "*+"], True),
     ("-+", ["+-", "*+"], False),
     ("yes", ["yes"], True),
-    ("Yes", ["yes"], False),
-    ("7 apples", ["7"], False),
+    ("Yes", ["yes"], True),
+    ("7 apples", ["7"], True),
+    ("4 2", ["42"], False),
+    ("4 2", ["8"], False),
     ("1/0", ["1/0"], True),  # as text
     ("1/0", ["0"], False),
     ("nan", ["nan"], True),

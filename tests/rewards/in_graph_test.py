@@ -13,6 +13,7 @@ from r1jax.data.tokenizer import Tokenizer
 from r1jax.rewards import accuracy as host_accuracy
 from r1jax.rewards import format as host_format
 from r1jax.rewards import in_graph
+from r1jax.rewards.verdict import OUTCOMES
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
@@ -30,7 +31,7 @@ def train():
 
 TOKENIZER = train()
 TABLE = in_graph.TagTable.of(TOKENIZER)
-accuracy = jax.jit(lambda t, m, a: in_graph.accuracy(t, m, a, TABLE))
+accuracy = jax.jit(lambda t, m, a: in_graph.accuracy(t, m, a, TABLE)[0])
 format_reward = jax.jit(
   lambda t, m, p: in_graph.format_reward(t, m, TABLE, prefill_think=p),
   static_argnums=2,
@@ -110,11 +111,11 @@ HAND = [
   ("<answer>7</answer>8</answer>", ["7"], 1, 0, 0),
   ("<answer>7</answer><answer>8", ["7"], 0, 0, 0),
   ("<answer>7</answer><answer></answer>", ["7"], 0, 0, 0),
-  ("<think>so <answer>7</answer></think>", ["7"], 1, 0, 0),
+  ("<think>so <answer>7</answer></think>", ["7"], 0, 0, 0),
   ("<think><answer>1</answer></think><answer>7</answer>", ["7"], 1, 0, 0),
   ("<think><answer>7</answer></think><answer>1</answer>", ["7"], 0, 0, 0),
-  ("<answer>7</answer><think>so</think>", ["7"], 1, 0, 0),
-  ("<think>so<answer>7</answer>", ["7"], 1, 0, 0),
+  ("<answer>7</answer><think>so</think>", ["7"], 0, 0, 0),
+  ("<think>so<answer>7</answer>", ["7"], 0, 0, 0),
   ("<think>so</think><answer>7", ["7"], 0, 0, 0),
   ("<think>so</think>7</answer>", ["7"], 0, 0, 0),
   ("<think>so</think></answer>7<answer>", ["7"], 0, 0, 0),
@@ -184,6 +185,32 @@ def test_random_mixtures_equal_the_host_rules(prefill):
   assert 20 < sum(f for _, f in found) < 380
 
 
+def outcomes(rows, accepted, prefill):
+  tokens, mask, answers = pack(rows, accepted)
+  acc, outcome = in_graph.accuracy(tokens, mask, answers, TABLE, prefill_think=prefill)
+  names = [OUTCOMES[i] for i in outcome[:, 0].tolist()]
+  assert [n == "correct" for n in names] == acc[:, 0].astype(bool).tolist()
+  return names
+
+
+@pytest.mark.parametrize("prefill", [False, True])
+def test_outcomes_equal_the_host_rules(prefill):
+  rng = random.Random(7)
+  rows = [TOKENIZER.encode(text) for text, *_ in HAND]
+  accepted = [case[1] for case in HAND]
+  for _ in range(200):
+    parts = rng.choices([*TAGS, "so", "7", "8", " "], k=rng.randint(0, 9))
+    rows.append(TOKENIZER.encode("".join(parts)))
+    accepted.append(["7"])
+  found = outcomes(rows, accepted, prefill)
+  for row, golds, ours in zip(rows, accepted, found, strict=True):
+    text = TOKENIZER.decode(row)
+    said = host_accuracy.answered(text, golds, prefill_think=prefill).outcome
+    if host_accuracy.answered(text, golds).detail != "4 2":
+      assert ours == said, (text, golds)
+  assert set(found) == {"correct", "wrong", "unparsable"}
+
+
 @pytest.mark.parametrize("width_left", [0, 1])
 def test_an_answer_at_the_end_of_the_window_counts(width_left):
   row = TOKENIZER.encode("<think>so</think><answer>7</answer>")
@@ -212,7 +239,7 @@ def test_each_row_of_a_group_is_judged_against_its_own_problem():
   texts = ["<answer>7</answer>", "<answer>8</answer>"]
   tokens, mask, answers = pack([TOKENIZER.encode(t) for t in texts], [["7"], ["8"]])
   tokens, mask = (jnp.concatenate([x, x[::-1]], axis=1) for x in (tokens, mask))
-  got = in_graph.accuracy(tokens, mask, answers, TABLE)
+  got, _ = in_graph.accuracy(tokens, mask, answers, TABLE)
   assert got.tolist() == [[1.0, 0.0], [1.0, 0.0]]
 
 

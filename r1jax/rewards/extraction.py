@@ -1,0 +1,72 @@
+r"""Where in a completion the answer is: `<answer>`, the last `\boxed{}`, or code."""
+
+import re
+
+_FENCE = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
+_LANGUAGES = ("", "python", "python3", "py")
+
+
+def spoken(completion: str, *, prefill_think: bool = False) -> str | None:
+  """What follows the thinking: the text after the last `</think>`, or all of it where
+  nothing was thought; None where the thinking never ends.
+
+  Args:
+    completion: the model's text.
+    prefill_think: the prompt already ended in `<think>`.
+  """
+  _, ended, after = completion.rpartition("</think>")
+  if not ended and (prefill_think or "<think>" in completion):
+    return None
+  return after
+
+
+def extract_answer(completion: str, *, prefill_think: bool = False) -> str | None:
+  r"""The final answer, stripped; None where there is none or it is empty.
+
+  It is the text between the last `<answer>` and the `</answer>` that follows it, or the
+  content of the last `\boxed{}`, and of a box inside the tags if there is one. What
+  stands in the thinking does not count.
+  """
+  text = spoken(completion, prefill_think=prefill_think)
+  if text is None:
+    return None
+  content = _tagged(text)
+  if content is None:
+    return None if "<answer>" in text else last_box(text) or None
+  return (
+    content if "\\boxed" not in content else last_box(content) or ""
+  ).strip() or None
+
+
+def extract_program(completion: str, *, prefill_think: bool = False) -> str | None:
+  """The last fenced block of Python of the answer, or what the answer's tags hold."""
+  text = spoken(completion, prefill_think=prefill_think)
+  if text is None:
+    return None
+  tagged = _tagged(text)
+  blocks = _FENCE.findall(text if tagged is None else tagged)
+  ours = [code for name, code in blocks if name.strip().lower() in _LANGUAGES]
+  if ours:
+    return ours[-1] or None
+  return tagged if tagged and not blocks and tagged.strip() else None
+
+
+def last_box(text: str) -> str | None:
+  r"""The content of the last `\boxed{...}`, its braces balanced, or None."""
+  start = text.rfind("\\boxed{")
+  if start < 0:
+    return None
+  start += len("\\boxed{")
+  depth, at = 1, start
+  for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+    depth += {"{": 1, "}": -1}.get(brace[0], 0)
+    if not depth:
+      at = start + brace.start()
+      return text[start:at].strip()
+  return None
+
+
+def _tagged(text: str) -> str | None:
+  _, opened, tail = text.rpartition("<answer>")
+  content, closed, _ = tail.partition("</answer>")
+  return content if opened and closed else None

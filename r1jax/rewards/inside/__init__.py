@@ -1,0 +1,1 @@
+"""What runs inside the sandbox, by the sandbox's own Python: standard library alone."""

@@ -1,0 +1,100 @@
+"""Holds the tests and the expected values; the program is in another sandbox. Follows
+start.py and literals.py in one source.
+
+A job comes as a line; every call of the program goes out as a line `C...` and its
+answer comes back as a line; the verdict goes out as a line `V...`. The judge stays for
+the next job.
+"""
+
+import builtins
+import json
+import math
+import os
+
+
+class ProgramError(Exception):
+  """Marks an exception as the program's."""
+
+
+def raised(kind, message):
+  """The builtin exception of that name, marked; a plain one for any other name."""
+  base = getattr(builtins, kind, None)
+  if not (isinstance(base, type) and issubclass(base, Exception)):
+    base = Exception
+  try:
+    return type(kind, (ProgramError, base), {})(message)
+  except TypeError:  # some want other arguments
+    return type(kind, (ProgramError,), {})(message)
+
+
+def run(options):
+  requests = os.fdopen(options["requests"], "rb")
+  replies = os.fdopen(options["replies"], "wb")
+
+  def say(line):
+    replies.write(line.encode() + b"\n")
+    replies.flush()
+
+  def candidate(*args, **kwargs):
+    if kwargs:
+      raise TypeError("the tests pass arguments by position")
+    say("C" + dump(list(args)))  # noqa: F821, of literals.py
+    line = requests.readline()
+    if not line.startswith(b"!"):
+      return load(line)  # noqa: F821
+    kind, message = load(line[1:])  # noqa: F821
+    raise raised(kind, message)
+
+  for line in requests:
+    try:
+      outcome, detail = "correct", ""
+      judge(json.loads(line), candidate)
+    except ProgramError as error:
+      kind = type(error).__name__
+      special = {"MemoryError": "memory", "PermissionError": "forbidden"}
+      outcome = special.get(kind, "crash")
+      detail = f"{kind}: {error}"
+    except BaseException as error:
+      outcome, detail = "wrong", f"{type(error).__name__}: {error}"
+    say("V" + json.dumps([outcome, detail[:300]]))
+
+
+def judge(job, candidate):
+  """Raises unless the program passes all tests."""
+  if job["style"] == "check":
+    space = {"__name__": "tests"}
+    exec(compile(job["preamble"], "<preamble>", "exec"), space)
+    space[job["entry_point"]] = candidate
+    exec(compile(job["check"], "<tests>", "exec"), space)
+    space["check"](candidate)
+    return
+  for i, (arguments, expected) in enumerate(load(job["cases"])):  # noqa: F821
+    said = candidate(*arguments)
+    if not same(said, expected, job["tolerance"]):
+      raise AssertionError(f"case {i}: {said!r:.100} is not {expected!r:.100}")
+
+
+def same(said, expected, tolerance):
+  """Equal values: a tuple is as good as a list, 1 as good as 1.0 but not as True, and
+  floats may differ by a relative or absolute `tolerance`."""
+  if isinstance(said, list | tuple) and isinstance(expected, list | tuple):
+    return len(said) == len(expected) and all(
+      same(a, b, tolerance) for a, b in zip(said, expected, strict=True)
+    )
+  if isinstance(said, dict) and isinstance(expected, dict):
+    return said.keys() == expected.keys() and all(
+      same(said[k], expected[k], tolerance) for k in expected
+    )
+  if isinstance(said, bool) or isinstance(expected, bool):
+    return said is expected
+  if isinstance(said, float) or isinstance(expected, float):
+    if not (isinstance(said, float | int) and isinstance(expected, float | int)):
+      return False
+    return said == expected or math.isclose(
+      said, expected, rel_tol=tolerance, abs_tol=tolerance
+    )
+  return said == expected
+
+
+if __name__ == "__main__":
+  run(start())  # noqa: F821

@@ -1,0 +1,140 @@
+"""Is the thinking in the language it should be in? (R1, Eq. 7.)
+
+  R_language = words of the target language in the chain of thought / its words
+
+The paper gives neither how words are cut nor how their language is found. Here code,
+formulas, links and tags are left out first; a Han character is a word, and so is a run
+of letters of one script; a word's language is its script. That is exact for English
+against Chinese, and blind between two languages of one script: for those `detector`
+asks a language detector about each sentence.
+"""
+
+from collections.abc import Callable
+import re
+import unicodedata
+
+from r1jax.errors import UserError
+
+# Language -> the scripts its words are written in.
+LANGUAGES = {
+  "en": ("latin",),
+  "de": ("latin",),
+  "es": ("latin",),
+  "fr": ("latin",),
+  "it": ("latin",),
+  "pt": ("latin",),
+  "zh": ("han",),
+  "ja": ("han", "kana"),
+  "ko": ("hangul",),
+  "ru": ("cyrillic",),
+  "el": ("greek",),
+  "ar": ("arabic",),
+  "he": ("hebrew",),
+  "hi": ("devanagari",),
+  "th": ("thai",),
+}
+# What unicodedata.name begins with -> script.
+_SCRIPTS = {
+  **{"LATIN": "latin", "CYRILLIC": "cyrillic", "GREEK": "greek", "ARABIC": "arabic"},
+  **{"HEBREW": "hebrew", "DEVANAGARI": "devanagari", "THAI": "thai", "CJK": "han"},
+  **{"HIRAGANA": "kana", "KATAKANA": "kana", "HANGUL": "hangul", "FULLWIDTH": "latin"},
+  "KATAKANA-HIRAGANA": "kana",
+}
+_LEFT_OUT = re.compile(
+  r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\[.*?\\\]|\\\(.*?\\\)"
+  r"|\\[a-zA-Z]+(?:\{[^{}]*\})*|https?://\S+|</?[a-zA-Z|][^<>\n]{0,20}>",
+  re.DOTALL,
+)
+_HAN = r"[㐀-䶿一-鿿豈-﫿\U00020000-\U000323af]"
+_KANA = r"[ぁ-ゟァ-ヿー]"
+_WORD = re.compile(
+  rf"{_HAN}|{_KANA}+|(?:(?!{_HAN}|{_KANA})[^\W\d_])+(?:['’](?:(?!{_HAN})[^\W\d_])+)*"
+)
+# A detector's (text of one sentence) -> language code, or None where it cannot tell.
+Detector = Callable[[str], str | None]
+
+
+def language_consistency(
+  completion: str,
+  target: str,
+  *,
+  prefill_think: bool = False,
+  detector: Detector | None = None,
+) -> float:
+  """The share of target-language words in the chain of thought.
+
+  A chain that has text and no words, formulas say, is neutral: 1. An empty chain, or
+  none, earns nothing: 0.
+
+  Args:
+    completion: the model's text.
+    target: a key of LANGUAGES.
+    prefill_think: the prompt already ended in `<think>`.
+    detector: asked about every sentence whose words are in the target's script.
+
+  Raises:
+    UserError: no such language.
+  """
+  chain = thinking(completion, prefill_think=prefill_think)
+  if not chain.strip():
+    return 0.0
+  scripts = scripts_of(target)
+  plain = _LEFT_OUT.sub(" ", chain)
+  right = every = 0
+  for sentence in re.split(r"(?<=[.!?。！？\n])", plain) if detector else [plain]:
+    found = words(sentence)
+    ours = sum(script in scripts for _, script in found)
+    if detector and ours and detector(sentence) not in (target, None):
+      ours = 0
+    right, every = right + ours, every + len(found)
+  return right / every if every else 1.0
+
+
+def scripts_of(language: str) -> tuple[str, ...]:
+  """Raises UserError: no such language."""
+  if language not in LANGUAGES:
+    raise UserError(
+      f"config.reward.language={language!r} is not one of {', '.join(LANGUAGES)}."
+    )
+  return LANGUAGES[language]
+
+
+def thinking(completion: str, *, prefill_think: bool = False) -> str:
+  """What stands in the think blocks, one that is still open included."""
+  text = "<think>" + completion if prefill_think else completion
+  return "\n".join(re.findall(r"<think>(.*?)(?:</think>|\Z)", text, re.DOTALL))
+
+
+def words(text: str) -> list[tuple[str, str]]:
+  """(word, script) of all words; a single ASCII letter, a variable, is none."""
+  found = [w for w in _WORD.findall(text) if len(w) > 1 or not w.isascii()]
+  return [(w, _script(w[0])) for w in found]
+
+
+def _script(letter: str) -> str:
+  name = unicodedata.name(letter, "")
+  return _SCRIPTS.get(name.partition(" ")[0], "other")
+
+
+def cld2_detector() -> Detector:
+  """Of sentences, by pycld2; it says None of short ones.
+
+  Raises:
+    UserError: it is not installed.
+  """
+  try:
+    import pycld2
+  except ImportError as error:
+    raise UserError(
+      "config.reward.language_detector needs pycld2: pip install 'r1jax[language]'."
+    ) from error
+
+  def detect(sentence: str) -> str | None:
+    try:
+      reliable, _, found = pycld2.detect(sentence, bestEffort=True)
+    except pycld2.error:  # not valid UTF-8
+      return None
+    code = found[0][1].partition("-")[0]
+    return code if reliable and code != "un" else None
+
+  return detect

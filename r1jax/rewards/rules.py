@@ -1,0 +1,89 @@
+"""Your own rewards: a function from text to number, named on the command line.
+
+  def short(completion, problem):
+    return float(len(completion) < 200)
+
+`FILE.py:short` names it, `FILE.py:short=0.5` with a weight.
+"""
+
+from collections.abc import Callable
+import importlib.util
+import math
+import numbers
+import pathlib
+
+from r1jax.data.problem import Problem
+from r1jax.errors import UserError
+
+Rule = Callable[[str, Problem], float]
+
+
+def load_rules(spec: str) -> dict[str, tuple[float, Rule]]:
+  """Reads `FILE.py:function=weight`, several of them between commas.
+
+  Returns:
+    name -> (weight, function).
+
+  Raises:
+    UserError: what cannot be read, and why.
+  """
+  rules = {}
+  for entry in filter(None, (e.strip() for e in spec.split(","))):
+    place, _, weight = entry.partition("=")
+    path, colon, name = place.rpartition(":")
+    try:
+      value = float(weight or 1.0)
+    except ValueError:
+      value = math.nan
+    if not colon or not name.isidentifier() or not math.isfinite(value):
+      raise UserError(
+        f"{entry!r} does not name a rule; it is FILE.py:function or"
+        " FILE.py:function=weight."
+      )
+    if name in rules:
+      raise UserError(f"two rules are called {name!r}; rename one of them.")
+    rules[name] = value, checked(_load(pathlib.Path(path), name), name)
+  return rules
+
+
+def _load(path: pathlib.Path, name: str) -> Callable:
+  if not path.is_file():
+    raise UserError(f"{path}: there is no such file of rules.")
+  module_spec = importlib.util.spec_from_file_location(f"rules_{path.stem}", path)
+  if module_spec is None:
+    raise UserError(f"{path} is not a Python file.")
+  module = importlib.util.module_from_spec(module_spec)
+  try:
+    module_spec.loader.exec_module(module)
+  except Exception as error:
+    raise UserError(f"{path} does not load: {type(error).__name__}: {error}") from error
+  function = getattr(module, name, None)
+  if not callable(function):
+    raise UserError(f"{path} has no function {name!r}.")
+  return function
+
+
+def checked(function: Callable, name: str) -> Rule:
+  """The rule, refusing what is not a finite number.
+
+  Its errors are UserErrors that say what the rule did and to which completion.
+  """
+
+  def rule(completion: str, problem: Problem) -> float:
+    shown = f"on the completion {completion[:60]!r}"
+    try:
+      said = function(completion, problem)
+    except Exception as error:
+      raise UserError(
+        f"the rule {name!r} raised {type(error).__name__}: {error}, {shown}. A rule"
+        " returns a number for any text."
+      ) from error
+    number = isinstance(said, numbers.Real) and math.isfinite(said)
+    if not number:
+      raise UserError(
+        f"the rule {name!r} returned {said!r:.60} {shown}. It must return one finite"
+        " number."
+      )
+    return float(said)
+
+  return rule

@@ -1,0 +1,31 @@
+"""What came of a sample: every one ends in exactly one of eight outcomes."""
+
+import dataclasses
+
+OUTCOMES = (
+  "correct",
+  "wrong",  # an answer that is not the right one
+  "unparsable",  # no answer, or one that cannot be read
+  "timeout",  # the deadline passed
+  "crash",  # a program that stopped with an error
+  "memory",  # the memory limit was hit
+  "forbidden",  # a program that tried what the sandbox denies, or wrote without end
+  "infrastructure",  # our side failed: neither right nor wrong, never scored
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """An outcome and, for people, why."""
+
+  outcome: str  # one of OUTCOMES
+  detail: str = ""
+
+  def __post_init__(self):
+    if self.outcome not in OUTCOMES:
+      raise ValueError(f"outcome {self.outcome!r} is not one of {', '.join(OUTCOMES)}")
+
+  @property
+  def score(self) -> float:
+    """1 if correct; an infrastructure failure has no score and is masked out."""
+    return float(self.outcome == "correct")
