@@ -4,19 +4,20 @@
   python -m experiments.bench algorithms --presets=paper,dapo --seeds=1
   python -m experiments.bench algorithms --json     # the last line is one JSON object
   python -m experiments.bench algorithms --write    # and puts the table into the docs
+  python -m experiments.bench rewards               # verdicts a second, on the host
 
-A stopped benchmark goes on where it was. Exit codes: 0 done, 2 a mistake in the
-command, 130 stopped by Ctrl-C, 1 anything else.
+A stopped benchmark of algorithms goes on where it was. Exit codes: 0 done, 2 a mistake
+in the command, 130 stopped by Ctrl-C, 1 anything else.
 """
 
 import argparse
 import json
 import sys
 
-from experiments.benches import algorithms
+from experiments.benches import algorithms, rewards
 from r1jax.errors import UserError
 
-BENCHES = {"algorithms": algorithms}
+BENCHES = {"algorithms": algorithms, "rewards": rewards}
 
 
 def main(argv: list[str]) -> None:

@@ -4,8 +4,8 @@ Every device's callback runs in the process that holds its rows, decodes them an
 the scorer; results come back where the rows stood. Devices along the tensor axis hold
 the same rows: the first of them asks, for all.
 
-An error of a rule cannot travel through a compiled program. It is kept and its samples
-count as lost, so that the step does no harm; the loop raises it with `check`.
+An error cannot travel through a compiled program. It is kept and its samples count as
+lost, so that the step does no harm; the loop raises it with `check`.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ class HostReward:
   def __init__(self, scorer: Scorer, problems: Sequence[Problem], tokenizer: Tokenizer):
     """Args: the scorer; the problems that the batches' ids count; the tokenizer."""
     self.scorer, self.problems, self.tokenizer = scorer, problems, tokenizer
-    self._error: UserError | None = None
+    self._error: Exception | None = None
     self._lost: str = ""
 
   def __call__(self, prompts: PromptBatch, rollout: Rollout) -> Rewards:
@@ -47,7 +47,8 @@ class HostReward:
     return Rewards.of(outcome, **weighted)
 
   def check(self) -> None:
-    """Raises the UserError that a step met, and one where a whole step was lost."""
+    """Raises the error that a step met, a rule's UserError say, and a UserError where
+    a whole step was lost."""
     if self._error:
       raise self._error
     if self._lost:
@@ -69,7 +70,7 @@ class HostReward:
     outcome = np.full(b * g, OUTCOMES.index("infrastructure"), np.int32)
     try:
       scored = self.scorer.score(samples)
-    except UserError as error:
+    except Exception as error:
       self._error = self._error or error
       scored = []
     for i, said in enumerate(scored):

@@ -48,6 +48,26 @@ def read(
     raise UserError(
       f"there is no source {source!r} of problems; take one of {', '.join(SOURCES)}."
     )
+  return read_with(
+    SOURCES[source], path, form=_FORMS[source], skip_malformed=skip_malformed
+  )
+
+
+def read_with(
+  parse: Callable[[dict], Problem],
+  path: str | pathlib.Path,
+  *,
+  form: str,
+  skip_malformed: bool = False,
+) -> list[Problem]:
+  """As `read`, of rows in a form of your own.
+
+  Args:
+    parse: a row's problem; it raises ValueError for what is malformed.
+    path: the file.
+    form: a good row, for the error's text.
+    skip_malformed: as in `read`.
+  """
   path = pathlib.Path(path)
   rows = reader_of(path)
   problems, first, bad = [], "", 0
@@ -55,7 +75,7 @@ def read(
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
       for where, raw, row in rows(file):
         try:
-          problem = SOURCES[source](row())
+          problem = parse(row())
           problems.append(dataclasses.replace(problem, where=f"{path}{where}"))
         except ValueError as e:
           first, bad = first or f"{path}{where}: {e}: {raw[:60]!r}", bad + 1
@@ -65,7 +85,7 @@ def read(
     raise UserError(
       first
       + (f" (and {bad - 1} more such lines)" if bad > 1 else "")
-      + f". A line is {_FORMS[source]}; mend it, or leave such lines out with"
+      + f". A line is {form}; mend it, or leave such lines out with"
       " --config.data.skip_malformed=True."
     )
   if not problems:

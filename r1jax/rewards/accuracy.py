@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from r1jax.rewards import reading, values
+from r1jax.rewards import choice, reading, values
 from r1jax.rewards.extraction import extract_answer
 from r1jax.rewards.verdict import Verdict
 
@@ -44,8 +44,8 @@ def answered(
     return Verdict("correct")
   if kind == "text":
     return Verdict("wrong", answer[:60])
-  options = [reading.letter(gold) for gold in accepted if reading.is_option(gold)]
-  if options and reading.letter(answer) in options:
+  options = [choice.letter(gold) for gold in accepted if choice.is_option(gold)]
+  if options and choice.letter(answer) in options:
     return Verdict("correct")
   said = reading.parse(answer)
   if said is None:
@@ -53,6 +53,8 @@ def answered(
   undecided = []
 
   def equal(gold: str, answer: str) -> bool:
+    if undecided:  # one expression that is too much is enough
+      return False
     result = algebra(gold, answer)
     if result in ("timeout", "memory"):
       undecided.append(result)
@@ -68,8 +70,8 @@ def answered(
 
 
 def _chosen(answer: str, accepted: Sequence[str]) -> Verdict:
-  chosen = reading.letter(answer)
+  chosen = choice.letter(answer)
   if chosen is None:
     return Verdict("unparsable", f"no letter: {answer[:60]!r}")
-  right = chosen in [reading.letter(gold) for gold in accepted]
+  right = chosen in [choice.letter(gold) for gold in accepted]
   return Verdict("correct" if right else "wrong", chosen)

@@ -28,19 +28,24 @@ class MathsWorker:
     self.seconds = seconds
     self._process = None
 
-  def __call__(self, gold: str, answer: str) -> str:
+  def __call__(self, gold: str, answer: str, seconds: float | None = None) -> str:
     """equal, different, timeout, memory or crash, of two LaTeX expressions.
+
+    Args:
+      gold, answer: the expressions.
+      seconds: at most; None: `self.seconds`.
 
     Raises:
       MathsError: the worker is lost; the next call starts another.
     """
     if self._process is None:
       self._start()
-    asked = {"gold": gold, "answer": answer, "seconds": self.seconds}
+    seconds = self.seconds if seconds is None else seconds
+    asked = {"gold": gold, "answer": answer, "seconds": seconds}
     try:
       self._process.stdin.write(json.dumps(asked).encode() + b"\n")
       self._process.stdin.flush()
-      return self._line(self.seconds + _GRACE)
+      return self._line(seconds + _GRACE)
     except (OSError, MathsError) as error:
       self.close()
       raise MathsError(f"the maths worker was lost ({error})") from error

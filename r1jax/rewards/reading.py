@@ -12,32 +12,17 @@ MAX_CHARS = 400  # a longer answer is not read
 _NESTING = 12  # of brackets
 
 
-@functools.lru_cache(maxsize=4096)
 def parse(text: str) -> Value | None:
   """Reads an answer; None where it is empty, too long or its brackets do not match."""
-  if len(text) > MAX_CHARS:
-    return None
+  return _parse(text) if len(text) <= MAX_CHARS else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse(text: str) -> Value | None:
   clean = normalise(text)
   if not clean or _split(clean, ",") is None:
     return None
   return _value(clean, depth=0)
-
-
-_LETTER = re.compile(r"\(?\s*([A-Za-z])\s*\)?(?:[.:)]?|(?<=[).:])\s.*|[.:]\s.*)")
-
-
-def letter(text: str) -> str | None:
-  """The option that an answer chooses: `B`, `(B)`, `b.`, `B) 12 m`; None for none or
-  for more than one."""
-  found = re.fullmatch(
-    r"\(?\s*([A-Za-z])\s*\)?(?:[.:)]?|(?<=[).:])\s.*|[.:]\s.*)", normalise(text)
-  )
-  return found[1].upper() if found else None
-
-
-def is_option(gold: str) -> bool:
-  """Whether a gold is the letter of an option, A to J."""
-  return bool(re.fullmatch(r"\(?\s*[A-J]\s*\)?", normalise(gold)))
 
 
 _SYMBOLS = {
@@ -52,13 +37,16 @@ _WRAPPERS = (
 _WRAPPED = re.compile(
   "|".join(rf"{a}(?!.*{a}.*{b})(.*){b}" for a, b in _WRAPPERS), re.S
 )
-_SPACING = re.compile(r"\\(?:left|right)(?![a-zA-Z])\.?|(?<!\\)\\[!,;:]|~")
+_SPACING = re.compile(
+  r"\\(?:left|right)(?![a-zA-Z])\.?|(?<!\\)\\!|(?<!\\)\\,(?=\d{3}(?!\d))"
+)
 _STYLE = re.compile(r"\\(?:displaystyle|textstyle|limits|quad|qquad)(?![a-zA-Z])")
 _TEXT = re.compile(
   r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|rm)\s*\{([^{}]*)\}"
 )
 _RENAMED = (
   (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+  (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
   (r"\\(?:leq|leqslant|le)(?![a-zA-Z])", r"\\le "),
   (r"\\(?:geq|geqslant|ge)(?![a-zA-Z])", r"\\ge "),
   (r"\\lt(?![a-zA-Z])", "<"),
@@ -92,8 +80,8 @@ def normalise(text: str) -> str:
       text = box[1]
     elif wrapped and text != "$":
       text = next(part for part in wrapped.groups() if part is not None)
-  text = re.sub(r"(?<!\\)\\ ", " ", text)
-  text = _STYLE.sub(" ", _SPACING.sub("", text))
+  text = re.sub(r"(?<!\\)\\[ ,;:]|~", " ", _SPACING.sub("", text))
+  text = _STYLE.sub(" ", text)
   for pattern, plain in _RENAMED:
     text = re.sub(pattern, plain, text)
   text = _TEXT.sub(r" \1 ", text)
@@ -228,7 +216,7 @@ def _inequality(text: str, depth: int) -> Value | None:
     return None
   kind = "".join("(" if s == "<" else "[" for s in signs[:1])
   kind += ")" if signs[1] == "<" else "]"
-  return Value(kind, items=tuple(bounds))
+  return Value(kind, items=tuple(bounds), name=name)
 
 
 _ENVIRONMENT = re.compile(
@@ -263,7 +251,10 @@ def _matrix(text: str, depth: int) -> Value | None:
 def _structure(text: str, depth: int) -> Value | None:
   if depth > _NESTING:
     return None
-  text = re.sub(rf"^{_VARIABLE}\s*\\in(?![a-zA-Z])\s*", "", text)
+  member = re.match(rf"({_VARIABLE})\s*\\in(?![a-zA-Z])\s*", text)
+  if member:
+    value = _value(text[member.end() :], depth + 1)
+    return dataclasses.replace(value, name=member[1])
   sides = _split(text, r"\cup")
   if sides and len(sides) > 1:
     parts = [_value(s, depth + 1) for s in sides]
@@ -286,7 +277,9 @@ def _structure(text: str, depth: int) -> Value | None:
   both = re.split(r"\s+and\s+", text)
   if len(both) == 2:
     return _of_items("list", both, depth)
-  plus_minus = re.fullmatch(r"((?:.*[^\s\\])?)\s*\\pm(?![a-zA-Z])\s*(.+)", text)
+  plus_minus = text.count(r"\pm") == 1 and re.fullmatch(
+    r"((?:.*[^\s\\])?)\s*\\pm(?![a-zA-Z])\s*(.+)", text
+  )
   if plus_minus:
     first, second = plus_minus[1], plus_minus[2]
     return _of_items("list", [f"{first} + {second}", f"{first} - {second}"], depth)

@@ -9,7 +9,8 @@ choose one (as root).
 What it does not protect against: a hole in the kernel; timing and other side channels;
 a program that uses its whole share of processor time and memory, which is why the
 number of slots is yours; and what the tests of a problem do, which run in a sandbox of
-the same kind but are believed.
+the same kind but are believed. In a container whose first process does not wait for
+orphans (`docker run` without `--init`) bubblewrap leaves a zombie a program.
 """
 
 from collections.abc import Sequence
@@ -55,6 +56,7 @@ _REFUSED = (
   *("memfd_create", "memfd_secret", "personality", "move_pages", "mbind", "seccomp"),
   *("set_mempolicy", "migrate_pages", "syslog", "setpriority", "sched_setscheduler"),
   *("sched_setattr", "pidfd_open", "shmget", "msgget", "semget", "mq_open"),
+  *("io_setup", "inotify_init", "inotify_init1", "fanotify_init"),
 )
 
 

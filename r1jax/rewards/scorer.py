@@ -10,15 +10,15 @@ import collections
 from collections.abc import Iterable, Iterator
 import concurrent.futures
 import dataclasses
-import functools
 import itertools
 import os
 import queue
 import re
+import time
 
 from r1jax.data.problem import Problem
 from r1jax.errors import UserError
-from r1jax.rewards import accuracy, language, reading
+from r1jax.rewards import accuracy, choice, language, reading
 from r1jax.rewards.code import CodeReward
 from r1jax.rewards.format import format_reward
 from r1jax.rewards.maths import MathsError, MathsWorker
@@ -189,18 +189,25 @@ class Scorer:
         problem.answers,
         kind=problem.kind,
         prefill_think=self.config.prefill_think,
-        algebra=functools.partial(self._algebra, slot) if slot.maths else None,
+        algebra=self._algebra(slot) if slot.maths else None,
       )
     except (MathsError, OSError) as error:
       return Verdict("infrastructure", str(error))
 
-  def _algebra(self, slot: "_Slot", gold: str, answer: str) -> str:
-    known = self._known.get((gold, answer))
-    if known is None:
-      known = slot.maths(gold, answer)
-      if len(self._known) < _CACHED:
-        self._known[gold, answer] = known
-    return known
+  def _algebra(self, slot: "_Slot") -> accuracy.Algebra:
+    """For one answer: all its expressions together have the worker's seconds."""
+    until = time.monotonic() + slot.maths.seconds
+
+    def asked(gold: str, answer: str) -> str:
+      known = self._known.get((gold, answer))
+      if known is None:
+        left = until - time.monotonic()
+        known = slot.maths(gold, answer, left) if left > 0 else "timeout"
+        if len(self._known) < _CACHED:
+          self._known[gold, answer] = known
+      return known
+
+    return asked
 
   def _try(self, problems: list[Problem]) -> None:
     """Raises UserError where the first real sample would."""
@@ -219,7 +226,7 @@ class Scorer:
       return ""
     for gold in problem.answers:
       meant = reading.parse(gold)
-      if problem.kind == "choice" and reading.letter(gold) is None:
+      if problem.kind == "choice" and choice.letter(gold) is None:
         return f"{where}: the gold {gold[:60]!r} is not a letter"
       if meant is None:
         return f"{where}: the gold {gold[:60]!r} cannot be read"

@@ -7,13 +7,20 @@ _NO_UNIT = frozenset(
   "is isn are was not or and nor but if to of the a an than then maybe wrong right at"
   " hundred thousand million billion trillion dozen percent percentage mod factorial"
   " squared cubed times plus minus over pi sqrt sin cos tan log ln exp i e x y z n k t"
-  " infinity inf".split()
+  " infinity inf half halve third quarter fifth tenth negative positive incorrect"
+  " correct false true divided base recurring repeating score gross pair couple by"
+  " with without except only about almost nearly more less each double triple twice"
+  " as power root inverse opposite modulo no none never error exactly around or so"
+  " zero two three four five six seven eight nine ten twenty thirty forty fifty"
+  " hundredth thousandth below above under hex hexadecimal binary octal permille ppm"
+  " tau approximately undefined unknown".split()
 )
 _SHORT = frozenset(
   "mm cm dm km kg mg lb lbs oz ft in yd mi mph kph ml cl dl kl ha hz khz mhz kj kw kwh"
   " mv ma pa kpa sec min hr hrs deg cents cent inches inch feet foot miles mile yards"
   " meters metres grams degrees degree dollars hours minutes seconds days years".split()
 )
+_LETTERS = frozenset("mgshlLNJWVAKCF")
 _UNIT = re.compile(
   r"(\s*)((?:(?:sq\.?|square|cubic|cu\.?)\s+)?[a-zA-Z]+(?:[ -][a-zA-Z]+){0,3})"
   r"\.?\s*(?:\^\s*\{?\s*([23])\s*\}?)?(?:\s*/\s*([a-zA-Z]+)(?:\s*\^\s*\{?([23])\}?)?)?\s*",
@@ -36,7 +43,9 @@ def unit_of(text: str) -> str:
     return ""
   space, words, power, under, under_power = found.groups()
   parts = words.lower().replace("-", " ").split()
-  if any(w in _NO_UNIT for w in parts):
+  if any(w in _NO_UNIT or _singular(w) in _NO_UNIT for w in parts):
+    return ""
+  if len(words) == 1 and words not in _LETTERS:
     return ""
   if not space and not (len(parts) == 1 and parts[0] in _SHORT):
     return ""

@@ -59,8 +59,9 @@ def same(
     return _same_number(gold, answer)
   scalar = ("number", "expression")
   if gold.kind in scalar and answer.kind in scalar:
-    if gold.unit and answer.unit and gold.unit != answer.unit:
-      return False
+    both = gold.unit and answer.unit
+    if gold.unit != answer.unit and (both or "degree" in answer.unit):
+      return False  # an expression, of radians say, is not meant in degrees
     if _SPACE.sub("", gold.text) == _SPACE.sub("", answer.text):
       return True
     return bool(
@@ -80,9 +81,15 @@ def comparable(gold: Value, answer: Value) -> bool:
   """Whether algebra may be asked: an answer that hedges or relates is not an
   expression, unless the gold is of that form too."""
   said, asked = _relations(answer.text), _relations(gold.text)
+  letters = _symbols(gold.text) | _symbols(answer.text)
+  if len({s.lower() for s in letters}) < len(letters):
+    return False  # A and a: the library would take them for one
+  marks = re.compile(r"'|\^\s*\{?\s*(?:T|\\top|\\prime|\\dagger)")  # it drops these
+  if marks.findall(answer.text) != marks.findall(gold.text):
+    return False
   if not re.search(r"\w", gold.text) or not re.search(r"\w", answer.text):
     return False
-  if re.search(r"\d\s+\d", answer.text):  # 4 2 is neither 42 nor 8
+  if re.search(r"(?<![_\d])\d+\s+\d", answer.text):  # 4 2 is neither 42 nor 8
     return False
   based = any(re.search(r"\d_\{?\d", v.text) for v in (gold, answer))
   return said == asked and not based and not _PROSE.search(answer.text)
@@ -120,6 +127,23 @@ _RELATION = re.compile(r"\\(?:le|ge|ne|approx|in|sim|equiv|pm)(?![a-zA-Z])|[<>=?
 _PROSE = re.compile(
   r"(?<![\\a-zA-Z])(?!(?:sqrt|sin|cos|tan|log|ln|exp|pi)\b)[a-zA-Z]{3,}"
 )
+
+
+# Letters that stand for quantities: not those of commands, words in braces after them,
+# or names of functions.
+_SYMBOL = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]")
+_NOT_SYMBOLS = re.compile(
+  r"\\(?:frac|sqrt|cdot|times|div|binom|text|mathrm|operatorname|left|right|sin|cos|tan"
+  r"|cot|sec|csc|arc(?:sin|cos|tan)|log|ln|exp|max|min|gcd|lcm|sum|prod|int|lim|le|ge|ne"
+  r"|lfloor|rfloor|lceil|rceil|infty|cup|cap|in|pm|mp|overline|ln|lg|begin|end|circ"
+  r"|emptyset|degree|to|dots|ldots|cdots|not|approx|equiv|sim|lt|gt|pmod|bmod|mod|vec"
+  r"|hat|bar|dot|star|ast|angle|triangle|sinh|cosh|tanh|mid|quad)(?![a-zA-Z])"
+)
+
+
+def _symbols(text: str) -> frozenset[str]:
+  """The variables, constants and Greek letters of an expression."""
+  return frozenset(_SYMBOL.findall(_NOT_SYMBOLS.sub(" ", text)))
 
 
 def _relations(text: str) -> list[str]:

@@ -24,6 +24,9 @@ class Verdict:
   def __post_init__(self):
     if self.outcome not in OUTCOMES:
       raise ValueError(f"outcome {self.outcome!r} is not one of {', '.join(OUTCOMES)}")
+    # It quotes what a program or a model wrote: no control characters, no half pairs.
+    plain = "".join(c if c.isprintable() else "?" for c in self.detail[:300])
+    object.__setattr__(self, "detail", plain)
 
   @property
   def score(self) -> float:

@@ -1,0 +1,191 @@
+"""Scores completions of a file with rewards, ours and yours.
+
+  python -m experiments.score samples.jsonl
+  python -m experiments.score --rewards=accuracy,format,language=0.1 samples.jsonl
+  python -m experiments.score --rewards=my_rules.py:short=0.5 samples.jsonl
+
+A line holds {"completion": "...", "answer": "..."}, or a program's completion with
+"tests"; "problem" may stand too. A reward of yours is a function (completion, problem)
+-> number. Prints the mean of each reward and how many samples ended how; --out keeps
+every sample's rewards. Exit codes: 0 done, 2 a mistake in the command or a file, 130
+stopped by Ctrl-C, 1 anything else.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+
+import rich.console
+import rich.progress
+import rich.table
+
+from r1jax.data import rows, sources
+from r1jax.data.problem import Problem
+from r1jax.errors import UserError
+from r1jax.rewards.program import Limits
+from r1jax.rewards.rules import load_rules
+from r1jax.rewards.sandbox import BACKENDS
+from r1jax.rewards.scorer import MATHS, Scorer, ScorerConfig
+from r1jax.rewards.total import Breakdown
+from r1jax.rewards.verdict import OUTCOMES
+
+OURS = ("accuracy", "format", "language")
+
+
+def main(argv: list[str]) -> None:
+  options = flags().parse_args(argv)
+  try:
+    result = score(options)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    print("stopped", file=sys.stderr)
+    sys.exit(130)
+  if options.json:
+    print(json.dumps(result))
+
+
+def flags() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m experiments.score",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  add = parser.add_argument
+  add("file", help="JSON lines of completions")
+  add(
+    "--rewards",
+    default="accuracy,format",
+    help=f"of {', '.join(OURS)} and FILE.py:function, each perhaps with =weight",
+  )
+  add("--language", default="en", help="the target of `language`")
+  add("--prefill-think", action="store_true", help="the prompts ended in <think>")
+  add("--workers", type=int, default=0, help="samples at a time; 0: one a core")
+  add("--maths", default="math-verify", choices=MATHS)
+  add("--maths-seconds", type=float, default=2.0, help="of an answer's algebra")
+  add("--sandbox", default=BACKENDS[0], choices=BACKENDS, help="for programs")
+  add("--code-seconds", type=float, default=6.0, help="of a program on all its tests")
+  add("--out", default="", help="a file for every sample's rewards")
+  add("--json", action="store_true", help="print the result as JSON in the last line")
+  return parser
+
+
+def score(options: argparse.Namespace) -> dict:
+  """Scores the file; returns counts of outcomes, and means.
+
+  Raises:
+    UserError: in the command, the file, a rule or the machine.
+  """
+  weights, rules = chosen(options.rewards)
+  samples = read(options.file, judged="accuracy" in weights)
+  config = ScorerConfig(
+    accuracy_weight=weights.get("accuracy", 0.0),
+    format_weight=weights.get("format", 0.0),
+    language_weight=weights.get("language", 0.0),
+    language=options.language,
+    prefill_think=options.prefill_think,
+    workers=options.workers,
+    maths=options.maths,
+    maths_seconds=options.maths_seconds,
+    sandbox=options.sandbox,
+    limits=Limits(seconds=options.code_seconds),
+  )
+  console = rich.console.Console(stderr=True)
+  scored: list[Breakdown] = []
+  with Scorer(config, [p for _, p in samples], rules) as scorer:
+    stream = scorer.stream(samples)
+    for said in rich.progress.track(
+      stream, "scoring", total=len(samples), console=console, transient=True
+    ):
+      scored.append(said)
+  names = [*weights, *rules]
+  if options.out:
+    write(pathlib.Path(options.out), scored, names, judged="accuracy" in weights)
+  return summary(scored, names, judged="accuracy" in weights)
+
+
+def chosen(spec: str) -> tuple[dict[str, float], dict]:
+  """(weights of ours by name, rules of yours) of --rewards."""
+  weights, theirs = {}, []
+  for entry in filter(None, (e.strip() for e in spec.split(","))):
+    name, _, weight = entry.partition("=")
+    if name not in OURS:
+      theirs.append(entry)
+      continue
+    try:
+      weights[name] = float(weight or 1.0)
+    except ValueError:
+      weights[name] = math.nan
+    if not math.isfinite(weights[name]):
+      raise UserError(f"--rewards: {entry!r} has a weight that is no number.")
+  unknown = [entry for entry in theirs if ":" not in entry]
+  if unknown or not (weights or theirs):
+    raise UserError(
+      f"--rewards={spec!r}: {(unknown or ['nothing'])[0]!r} is not a reward; name"
+      f" {', '.join(OURS)} or FILE.py:function."
+    )
+  return weights, load_rules(",".join(theirs))
+
+
+def read(path: str, *, judged: bool) -> list[tuple[str, Problem]]:
+  """The file's (completion, problem) pairs. Args: the file; whether golds are needed."""
+  texts = []
+
+  def sample(row: dict) -> Problem:
+    if not isinstance(row.get("completion"), str):
+      raise ValueError('no text under "completion"')
+    row.setdefault("problem", row.get("question", "(not given)"))
+    golds = "answer" in row or "tests" in row or "test" in row
+    problem = (
+      sources.SOURCES["jsonl"](row)
+      if judged or golds
+      else rows.checked_problem(str(row["problem"]), kind="text")
+    )
+    texts.append(row["completion"])
+    return problem
+
+  problems = sources.read_with(
+    sample, path, form='{"completion": "...", "answer": ...}'
+  )
+  return list(zip(texts, problems, strict=True))
+
+
+def write(
+  path: pathlib.Path, scored: list[Breakdown], names: list[str], *, judged: bool
+) -> None:
+  try:
+    with path.open("w", encoding="utf-8") as file:
+      for said in scored:
+        row = {"reward": said.total, **{name: said.parts[name] for name in names}}
+        if judged:
+          row |= {"outcome": said.outcome, "detail": said.detail}
+        file.write(json.dumps(row) + "\n")
+  except OSError as error:
+    raise UserError(f"--out={path} cannot be written ({error.strerror}).") from error
+
+
+def summary(scored: list[Breakdown], names: list[str], *, judged: bool) -> dict:
+  """Means over the samples that were scored, and the counts; printed as a table too."""
+  kept = [s for s in scored if s.outcome != "infrastructure"]
+  mean = {"reward": sum(s.total for s in kept) / max(len(kept), 1)}
+  for name in names:
+    mean[name] = sum(s.parts[name] for s in kept) / max(len(kept), 1)
+  counts = {o: sum(s.outcome == o for s in scored) for o in OUTCOMES} if judged else {}
+  table = rich.table.Table("", "mean", title=f"{len(scored)} samples")
+  for name, value in mean.items():
+    table.add_row(name, f"{value:.3f}")
+  console = rich.console.Console()
+  console.print(table)
+  if judged:
+    table = rich.table.Table("outcome", "samples")
+    for name, count in counts.items():
+      table.add_row(name, str(count))
+    console.print(table)
+  return {"samples": len(scored), "mean": mean, "outcomes": counts}
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
