@@ -22,7 +22,7 @@ from r1jax.models.policy import Policy
 from r1jax.optimizer import make_optimizer
 from r1jax.progress import Clock, Progress
 from r1jax.prompts import PromptBatch
-from r1jax.rewards.rules import load_rules
+from r1jax.rewards.rules import load_rules, rule_files
 from r1jax.rewards.scorer import Scorer
 
 
@@ -86,12 +86,14 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 def identity(config: ConfigDict) -> dict:
   """What a run must share with the one that its workdir holds: the config, and the
-  content of the problem file."""
-  path = pathlib.Path(config.data.problems)
-  if not path.is_file():
-    return settings.plain(config)
-  digest = hashlib.sha256(path.read_bytes()).hexdigest()
-  return {**settings.plain(config), "problem_file_sha256": digest}
+  content of the files that it names."""
+  files = [config.data.problems, *rule_files(config.reward.rules)]
+  digests = {
+    f"sha256 of {file}": hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+    for file in files
+    if pathlib.Path(file).is_file()
+  }
+  return {**settings.plain(config), **digests}
 
 
 def prepare(

@@ -46,6 +46,12 @@ def load_rules(spec: str) -> dict[str, tuple[float, Rule]]:
   return rules
 
 
+def rule_files(spec: str) -> list[str]:
+  """The files that a spec names."""
+  entries = (e.partition("=")[0].strip() for e in spec.split(","))
+  return [e.rpartition(":")[0] for e in entries if ":" in e]
+
+
 def _load(path: pathlib.Path, name: str) -> Callable:
   if not path.is_file():
     raise UserError(f"{path}: there is no such file of rules.")
