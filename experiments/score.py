@@ -26,8 +26,7 @@ from r1jax.data.problem import Problem
 from r1jax.errors import UserError
 from r1jax.rewards.program import Limits
 from r1jax.rewards.rules import load_rules
-from r1jax.rewards.sandbox import BACKENDS
-from r1jax.rewards.scorer import MATHS, Scorer, ScorerConfig
+from r1jax.rewards.scorer import MATHS, SANDBOXES, Scorer, ScorerConfig
 from r1jax.rewards.total import Breakdown
 from r1jax.rewards.verdict import OUTCOMES
 
@@ -66,7 +65,7 @@ def flags() -> argparse.ArgumentParser:
   add("--workers", type=int, default=0, help="samples at a time; 0: one a core")
   add("--maths", default="math-verify", choices=MATHS)
   add("--maths-seconds", type=float, default=2.0, help="of an answer's algebra")
-  add("--sandbox", default=BACKENDS[0], choices=BACKENDS, help="for programs")
+  add("--sandbox", default=SANDBOXES[0], choices=SANDBOXES, help="of programs")
   add("--code-seconds", type=float, default=6.0, help="of a program on all its tests")
   add("--out", default="", help="a file for every sample's rewards")
   add("--json", action="store_true", help="print the result as JSON in the last line")
@@ -131,7 +130,7 @@ def chosen(spec: str) -> tuple[dict[str, float], dict]:
 
 
 def read(path: str, *, judged: bool) -> list[tuple[str, Problem]]:
-  """The file's (completion, problem) pairs. Args: the file; whether golds are needed."""
+  """The file's (completion, problem) pairs. Args: the file; if golds are needed."""
   texts = []
 
   def sample(row: dict) -> Problem:
@@ -147,9 +146,8 @@ def read(path: str, *, judged: bool) -> list[tuple[str, Problem]]:
     texts.append(row["completion"])
     return problem
 
-  problems = sources.read_with(
-    sample, path, form='{"completion": "...", "answer": ...}'
-  )
+  form = '{"completion": "...", "answer": "..."}'
+  problems = sources.read_with(sample, path, form=form)
   return list(zip(texts, problems, strict=True))
 
 

@@ -195,7 +195,7 @@ def human_eval() -> list[tuple[Problem, str]]:
 
 
 def in_process(pairs: list[tuple[str, str]], seconds: float) -> float:
-  """Verdicts a second of math-verify itself, in a process without worker or deadline."""
+  """Verdicts a second of math-verify itself, without a worker or a deadline."""
   script = (
     "import json, sys, time\n"
     "from r1jax.rewards.maths_worker import equal\n"

@@ -151,7 +151,7 @@ def tiny() -> ConfigDict:
     "math-verify"  # or "exact": numbers, and structures of numbers, alone
   )
   c.reward.maths_seconds = 2.0  # an answer's algebra, at most
-  c.reward.sandbox = "bubblewrap"  # for code; the other one's name says what it is
+  c.reward.sandbox = "bubblewrap"  # for code; "wasi": needs no user namespaces
   c.reward.code_seconds = 6.0  # a program on all its tests, at most
   c.reward.code_cpu_seconds = 5  # a run of it
   c.reward.code_memory_mib = 512

@@ -21,6 +21,7 @@ from r1jax.rewards.inside.literals import dump
 from r1jax.rewards.program import Program
 from r1jax.rewards.sandbox import Sandbox
 from r1jax.rewards.verdict import Verdict
+from r1jax.rewards.wasi import Wasi
 
 FLOAT_TOLERANCE = 1e-9
 
@@ -28,7 +29,9 @@ FLOAT_TOLERANCE = 1e-9
 class CodeReward:
   """Runs programs in one slot of a sandbox, one at a time; keeps a judge for it."""
 
-  def __init__(self, sandbox: Sandbox, *, slot: int = 0, prefill_think: bool = False):
+  def __init__(
+    self, sandbox: Sandbox | Wasi, *, slot: int = 0, prefill_think: bool = False
+  ):
     self._sandbox, self._slot, self._prefill = sandbox, slot, prefill_think
     self._judge: Program | None = None
 

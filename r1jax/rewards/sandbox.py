@@ -36,8 +36,9 @@ _FIRST_UID = 65_000  # Debian keeps 65000-65533 free; slot n runs as 65000 + n
 _ADVICE = (
   "On Debian or Ubuntu: apt install bubblewrap, and pip install 'r1jax[code]'. It needs"
   " Linux with unprivileged user namespaces, which some containers and notebooks"
-  f" forbid. config.reward.sandbox={UNSAFE} runs programs without any protection: only"
-  " for a machine that may be lost."
+  " forbid: config.reward.sandbox=wasi, with pip install 'r1jax[wasi]', does without."
+  f" config.reward.sandbox={UNSAFE} runs programs without any protection: only for a"
+  " machine that may be lost."
 )
 
 # What no program has any business with: the process is killed at the call.
@@ -165,7 +166,7 @@ def open_sandbox(backend: str, limits: Limits, python: str = "") -> Sandbox:
   """
   if backend not in BACKENDS:
     raise SandboxError(
-      f"config.reward.sandbox={backend!r} is not one of {', '.join(BACKENDS)}."
+      f"config.reward.sandbox={backend!r} is not one of {', '.join(BACKENDS)} and wasi."
     )
   usual = "/usr/bin/python3"
   python = python or (usual if os.path.exists(usual) else sys._base_executable)

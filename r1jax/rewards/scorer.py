@@ -18,17 +18,19 @@ import time
 
 from r1jax.data.problem import Problem
 from r1jax.errors import UserError
-from r1jax.rewards import accuracy, choice, language, reading
+from r1jax.rewards import accuracy, choice, language, reading, wasi
 from r1jax.rewards.code import CodeReward
 from r1jax.rewards.format import format_reward
 from r1jax.rewards.maths import MathsError, MathsWorker
 from r1jax.rewards.program import Limits
 from r1jax.rewards.rules import Rule
-from r1jax.rewards.sandbox import MAX_SLOTS, open_sandbox
+from r1jax.rewards.sandbox import BACKENDS, MAX_SLOTS, Sandbox, open_sandbox
 from r1jax.rewards.total import Breakdown, total
 from r1jax.rewards.verdict import Verdict
+from r1jax.rewards.wasi import Wasi
 
 MATHS = ("math-verify", "exact")
+SANDBOXES = (*BACKENDS, wasi.BACKEND)
 _AHEAD = 8  # samples a worker that are under way at a time
 _TRIES = 3
 _CACHED = 100_000  # (gold, answer) pairs
@@ -47,7 +49,7 @@ class ScorerConfig:
   workers: int = 0  # 0: one a core
   maths: str = "math-verify"  # or "exact": numbers and structures of numbers alone
   maths_seconds: float = 2.0  # an answer's algebra
-  sandbox: str = "bubblewrap"  # for code; one of sandbox.BACKENDS
+  sandbox: str = "bubblewrap"  # for code; one of SANDBOXES
   limits: Limits = dataclasses.field(default_factory=Limits)
 
   def __post_init__(self):
@@ -55,6 +57,10 @@ class ScorerConfig:
     if self.maths not in MATHS:
       raise UserError(
         f"config.reward.maths={self.maths!r} is not one of {', '.join(MATHS)}."
+      )
+    if self.sandbox not in SANDBOXES:
+      raise UserError(
+        f"config.reward.sandbox={self.sandbox!r} is not one of {', '.join(SANDBOXES)}."
       )
     language.scripts_of(self.language)
     if not 0 <= self.workers <= MAX_SLOTS:
@@ -100,7 +106,7 @@ class Scorer:
         raise UserError(f"a rule must not be called {name!r}: that is one of ours.")
       self.weights[name] = weight
     self._detector = language.cld2_detector() if c.language_detector else None
-    sandbox = open_sandbox(c.sandbox, c.limits) if "code" in kinds else None
+    sandbox = _sandbox(c) if "code" in kinds else None
     self.workers = c.workers or _cores()
     maths = c.maths == "math-verify" and "answer" in kinds
     self._slots = queue.LifoQueue()
@@ -243,6 +249,12 @@ class Scorer:
       raise UserError(f"{error} or set config.reward.maths=exact.") from error
     finally:
       self._slots.put(slot)
+
+
+def _sandbox(c: ScorerConfig) -> Sandbox | Wasi:
+  if c.sandbox == wasi.BACKEND:
+    return wasi.open_wasi(c.limits)
+  return open_sandbox(c.sandbox, c.limits)
 
 
 def _cores() -> int:
