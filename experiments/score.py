@@ -12,6 +12,8 @@ stopped by Ctrl-C, 1 anything else.
 """
 
 import argparse
+from collections.abc import Callable, Iterator
+import contextlib
 import json
 import math
 import pathlib
@@ -93,29 +95,36 @@ def score(options: argparse.Namespace) -> dict:
     limits=Limits(seconds=options.code_seconds),
   )
   console = rich.console.Console(stderr=True)
+  names, judged = [*weights, *rules], "accuracy" in weights
   scored: list[Breakdown] = []
-  with Scorer(config, [p for _, p in samples], rules) as scorer:
+  with (
+    written(options.out) as keep,
+    Scorer(config, [p for _, p in samples], rules) as scorer,
+  ):
+    for note in scorer.notes:
+      console.print(note, highlight=False, soft_wrap=True)
     stream = scorer.stream(samples)
     for said in rich.progress.track(
       stream, "scoring", total=len(samples), console=console, transient=True
     ):
       scored.append(said)
-  names = [*weights, *rules]
-  if options.out:
-    write(pathlib.Path(options.out), scored, names, judged="accuracy" in weights)
-  return summary(scored, names, judged="accuracy" in weights)
+      row = {"reward": said.total, **{name: said.parts[name] for name in names}}
+      keep(row | ({"outcome": said.outcome, "detail": said.detail} if judged else {}))
+  return summary(scored, names, judged=judged)
 
 
 def chosen(spec: str) -> tuple[dict[str, float], dict]:
   """(weights of ours by name, rules of yours) of --rewards."""
   weights, theirs = {}, []
   for entry in filter(None, (e.strip() for e in spec.split(","))):
-    name, _, weight = entry.partition("=")
+    name, weighted, weight = entry.partition("=")
     if name not in OURS:
       theirs.append(entry)
       continue
+    if name in weights:
+      raise UserError(f"--rewards names {name!r} twice.")
     try:
-      weights[name] = float(weight or 1.0)
+      weights[name] = float(weight) if weighted else 1.0
     except ValueError:
       weights[name] = math.nan
     if not math.isfinite(weights[name]):
@@ -151,18 +160,18 @@ def read(path: str, *, judged: bool) -> list[tuple[str, Problem]]:
   return list(zip(texts, problems, strict=True))
 
 
-def write(
-  path: pathlib.Path, scored: list[Breakdown], names: list[str], *, judged: bool
-) -> None:
+@contextlib.contextmanager
+def written(path: str) -> Iterator[Callable[[dict], None]]:
+  """A function that appends a row to the file, or to none where the path is ""."""
+  if not path:
+    yield lambda row: None
+    return
   try:
-    with path.open("w", encoding="utf-8") as file:
-      for said in scored:
-        row = {"reward": said.total, **{name: said.parts[name] for name in names}}
-        if judged:
-          row |= {"outcome": said.outcome, "detail": said.detail}
-        file.write(json.dumps(row) + "\n")
+    pathlib.Path(path).write_text("")
   except OSError as error:
     raise UserError(f"--out={path} cannot be written ({error.strerror}).") from error
+  with open(path, "w", encoding="utf-8") as file:
+    yield lambda row: file.write(json.dumps(row) + "\n")
 
 
 def summary(scored: list[Breakdown], names: list[str], *, judged: bool) -> dict:

@@ -156,6 +156,8 @@ def prepare(
     scorer = Scorer(
       settings.scorer_config(c), [*world.train, *kept], load_rules(c.reward.rules)
     )
+    for note in scorer.notes:
+      progress.say(f"reward: {note}")
     host_reward = HostReward(scorer, world.train, tokenizer)
   elif needs_host:
     raise UserError(

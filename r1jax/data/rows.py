@@ -21,19 +21,19 @@ ANSWER = "Answer with the whole of it in one ```python block."
 # -- files -----------------------------------------------------------------------------
 
 
-def reader_of(path: pathlib.Path) -> Callable[[BinaryIO], Rows]:
+def reader_of(path: pathlib.Path, shown: str) -> Callable[[BinaryIO], Rows]:
   if not path.is_file():
-    raise UserError(f"config.data.problems={path}: there is no such file.")
+    raise UserError(f"{shown}: there is no such file.")
   suffix = pathlib.PurePath(path.name.lower().removesuffix(".gz")).suffix
   if suffix == ".parquet":
     raise UserError(
-      f"config.data.problems={path}: Parquet is not read. Convert it once: python -c"
+      f"{shown}: Parquet is not read. Convert it once: python -c"
       f' \'import pandas; pandas.read_parquet("{path}")'
       f'.to_json("{path.with_suffix(".jsonl")}", orient="records", lines=True)\''
     )
   if suffix not in _READERS:
     raise UserError(
-      f"config.data.problems={path} ends in none of {', '.join(_READERS)}, nor in one"
+      f"{shown} ends in none of {', '.join(_READERS)}, nor in one"
       " of them and .gz. Convert or rename it."
     )
   return _READERS[suffix]

@@ -49,7 +49,11 @@ def read(
       f"there is no source {source!r} of problems; take one of {', '.join(SOURCES)}."
     )
   return read_with(
-    SOURCES[source], path, form=_FORMS[source], skip_malformed=skip_malformed
+    SOURCES[source],
+    path,
+    form=_FORMS[source],
+    key="config.data.problems",
+    skip_malformed=skip_malformed,
   )
 
 
@@ -58,6 +62,7 @@ def read_with(
   path: str | pathlib.Path,
   *,
   form: str,
+  key: str = "",
   skip_malformed: bool = False,
 ) -> list[Problem]:
   """As `read`, of rows in a form of your own.
@@ -66,10 +71,12 @@ def read_with(
     parse: a row's problem; it raises ValueError for what is malformed.
     path: the file.
     form: a good row, for the error's text.
+    key: of the config, which named the file; "": the command did.
     skip_malformed: as in `read`.
   """
   path = pathlib.Path(path)
-  rows = reader_of(path)
+  shown = f"{key}={path}" if key else str(path)
+  rows = reader_of(path, shown)
   problems, first, bad = [], "", 0
   try:
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
@@ -85,13 +92,14 @@ def read_with(
     raise UserError(
       first
       + (f" (and {bad - 1} more such lines)" if bad > 1 else "")
-      + f". A line is {form}; mend it, or leave such lines out with"
-      " --config.data.skip_malformed=True."
+      + f". A line is {form}; mend it"
+      + (
+        ", or leave such lines out with --config.data.skip_malformed=True." * bool(key)
+      )
+      + "." * (not key)
     )
   if not problems:
-    raise UserError(
-      f"config.data.problems={path} holds no usable problem ({bad} malformed lines)."
-    )
+    raise UserError(f"{shown} holds no usable problem ({bad} malformed lines).")
   return problems
 
 

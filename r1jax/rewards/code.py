@@ -130,7 +130,7 @@ def assembled(code: str, tests: Tests) -> str:
   if not tests.preamble:
     return code
   name = re.escape(tests.entry_point)
-  again = re.search(rf"^\s*(?:async\s+)?def\s+{name}\b", code, re.MULTILINE)
+  again = re.search(rf"^[ \t]*(?:async )?def[ \t]+{name}\b", code, re.MULTILINE)
   return tests.preamble + ("\n" if again else "") + code
 
 

@@ -10,6 +10,8 @@ asks a language detector about each sentence.
 """
 
 from collections.abc import Callable
+import functools
+import itertools
 import re
 import unicodedata
 
@@ -38,18 +40,15 @@ _SCRIPTS = {
   **{"LATIN": "latin", "CYRILLIC": "cyrillic", "GREEK": "greek", "ARABIC": "arabic"},
   **{"HEBREW": "hebrew", "DEVANAGARI": "devanagari", "THAI": "thai", "CJK": "han"},
   **{"HIRAGANA": "kana", "KATAKANA": "kana", "HANGUL": "hangul", "FULLWIDTH": "latin"},
-  "KATAKANA-HIRAGANA": "kana",
+  **{"KATAKANA-HIRAGANA": "kana", "HALFWIDTH": "kana"},
 }
+# Blocks that are left out whole; one that is not closed stays.
+_BLOCKS = (("```", "```"), ("$$", "$$"), (r"\[", r"\]"), (r"\(", r"\)"))
 _LEFT_OUT = re.compile(
-  r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\[.*?\\\]|\\\(.*?\\\)"
-  r"|\\[a-zA-Z]+(?:\{[^{}]*\})*|https?://\S+|</?[a-zA-Z|][^<>\n]{0,20}>",
-  re.DOTALL,
+  r"`[^`\n]*`|\$[^$\n]*\$|\\[a-zA-Z]+(?:\{[^{}]*\})*"
+  r"|https?://[^\s\u3000-\u303f\uff00-\uff60]+|</?[a-zA-Z|][^<>\n]{0,20}>"
 )
-_HAN = r"[㐀-䶿一-鿿豈-﫿\U00020000-\U000323af]"
-_KANA = r"[ぁ-ゟァ-ヿー]"
-_WORD = re.compile(
-  rf"{_HAN}|{_KANA}+|(?:(?!{_HAN}|{_KANA})[^\W\d_])+(?:['’](?:(?!{_HAN})[^\W\d_])+)*"
-)
+_RUN = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 # A detector's (text of one sentence) -> language code, or None where it cannot tell.
 Detector = Callable[[str], str | None]
 
@@ -79,7 +78,7 @@ def language_consistency(
   if not chain.strip():
     return 0.0
   scripts = scripts_of(target)
-  plain = _LEFT_OUT.sub(" ", chain)
+  plain = _LEFT_OUT.sub(" ", _without_blocks(chain))
   right = every = 0
   for sentence in re.split(r"(?<=[.!?。！？\n])", plain) if detector else [plain]:
     found = words(sentence)
@@ -106,14 +105,47 @@ def thinking(completion: str, *, prefill_think: bool = False) -> str:
 
 
 def words(text: str) -> list[tuple[str, str]]:
-  """(word, script) of all words; a single ASCII letter, a variable, is none."""
-  found = [w for w in _WORD.findall(text) if len(w) > 1 or not w.isascii()]
-  return [(w, _script(w[0])) for w in found]
+  """(word, script) of all words: a Han character, or a run of letters of one script.
+  Single ASCII or Greek letters are variables, no words."""
+  text = unicodedata.normalize("NFC", text)
+  # Marks belong to the letter before them; ² and ½ are no letters.
+  kept = (c for c in text if c == "〇" or unicodedata.category(c) not in _NO_LETTERS)
+  found = []
+  for run in _RUN.findall("".join(kept)):
+    for script, letters in itertools.groupby(run, _script):
+      word = "".join(letters)
+      if script == "han":
+        found += [(c, script) for c in word]
+      elif len(word) > 1 or not (word.isascii() or script == "greek"):
+        found.append((word, script))
+  return found
 
 
+_NO_LETTERS = ("Mn", "Mc", "No", "Nl")
+
+
+@functools.cache
 def _script(letter: str) -> str:
+  if letter in "々〇":
+    return "han"
+  if letter in "'’":
+    return "latin"
   name = unicodedata.name(letter, "")
   return _SCRIPTS.get(name.partition(" ")[0], "other")
+
+
+def _without_blocks(text: str) -> str:
+  for opening, closing in _BLOCKS:
+    kept, at = [], 0
+    while True:
+      start = text.find(opening, at)
+      end = text.find(closing, start + len(opening)) if start >= 0 else -1
+      if end < 0:
+        break
+      kept += [text[at:start], " "]
+      at = end + len(closing)
+    text = "".join([*kept, text[at:]])
+  return text
 
 
 def cld2_detector() -> Detector:
@@ -132,9 +164,10 @@ def cld2_detector() -> Detector:
   def detect(sentence: str) -> str | None:
     try:
       reliable, _, found = pycld2.detect(sentence, bestEffort=True)
-    except pycld2.error:  # not valid UTF-8
+    except (pycld2.error, UnicodeError):  # not valid UTF-8
       return None
     code = found[0][1].partition("-")[0]
+    code = {"iw": "he"}.get(code, code)
     return code if reliable and code != "un" else None
 
   return detect

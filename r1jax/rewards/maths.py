@@ -38,9 +38,19 @@ class MathsWorker:
     Raises:
       MathsError: the worker is lost; the next call starts another.
     """
+    return self._ask(gold, answer, self.seconds if seconds is None else seconds)
+
+  def reads(self, text: str) -> bool:
+    """Whether a text is an expression at all. Raises MathsError."""
+    return self._ask(text, None, self.seconds) == "equal"
+
+  def start(self) -> None:
+    """Starts the process unless it runs. Raises MathsError."""
     if self._process is None:
       self._start()
-    seconds = self.seconds if seconds is None else seconds
+
+  def _ask(self, gold: str, answer: str | None, seconds: float) -> str:
+    self.start()
     asked = {"gold": gold, "answer": answer, "seconds": seconds}
     try:
       self._process.stdin.write(json.dumps(asked).encode() + b"\n")
@@ -49,10 +59,6 @@ class MathsWorker:
     except (OSError, MathsError) as error:
       self.close()
       raise MathsError(f"the maths worker was lost ({error})") from error
-
-  def reads(self, text: str) -> bool:
-    """Whether a text is an expression at all. Raises MathsError."""
-    return self(text, text) == "equal"
 
   def _start(self) -> None:
     # -P: the folder of the script must not stand in for the standard library.
@@ -76,8 +82,9 @@ class MathsWorker:
 
   def _line(self, seconds: float) -> str:
     out = self._process.stdout
-    ready, _, _ = select.select([out], [], [], seconds)
-    if not ready:
+    poll = select.poll()
+    poll.register(out, select.POLLIN)
+    if not poll.poll(seconds * 1000):
       raise MathsError("it does not answer")
     line = out.readline()
     if not line:
@@ -92,5 +99,6 @@ class MathsWorker:
     with contextlib.suppress(ProcessLookupError):
       os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    process.stdin.close()
-    process.stdout.close()
+    for pipe in (process.stdin, process.stdout):
+      with contextlib.suppress(OSError):  # what it was not told any more
+        pipe.close()

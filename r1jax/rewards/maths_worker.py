@@ -1,7 +1,8 @@
 """A process that does algebra with math-verify, and can be killed; run as a script.
 
 It reads {"gold", "answer", "seconds"} a line and answers with an outcome a line: equal,
-different, timeout, memory or crash. The algebra runs in a child of its own, forked
+different, timeout, memory or crash; without an answer it says whether the gold is an
+expression at all. The algebra runs in a child of its own, forked
 after the slow imports, with a memory limit; one that takes too long is killed and the
 next is forked in its place, so that the worker is ready again at once.
 """
@@ -73,7 +74,9 @@ def serve(requests: int, answers: int) -> None:
     for line in lines:
       try:
         asked = json.loads(line)
-        said = "equal" if equal(asked["gold"], asked["answer"]) else "different"
+        gold, answer = asked["gold"], asked["answer"]
+        good = reads(gold) if answer is None else equal(gold, answer)
+        said = "equal" if good else "different"
       except MemoryError:
         said = "memory"
       except Exception:
@@ -87,14 +90,22 @@ def equal(gold: str, answer: str) -> bool:
   symmetric."""
   import math_verify
 
-  config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
   if not re.search(r"\\(sum|prod)", gold + answer):
-    gold, answer = (_LONE_I.sub("I", text) for text in (gold, answer))
-  parsed = [
-    math_verify.parse(rf"\boxed{{{text}}}", config, parsing_timeout=None)
-    for text in (gold, answer)
-  ]
+    gold, answer = (_LONE_I.sub("(I)", text) for text in (gold, answer))
+  parsed = [parse(text) for text in (gold, answer)]
   return all(parsed) and math_verify.verify(*parsed, timeout_seconds=None)
+
+
+def reads(text: str) -> bool:
+  """Whether it is an expression: what the library cannot read it keeps as text."""
+  return any(not isinstance(said, str) for said in parse(text))
+
+
+def parse(text: str) -> list:
+  import math_verify
+
+  config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
+  return math_verify.parse(rf"\boxed{{{text}}}", config, parsing_timeout=None)
 
 
 if __name__ == "__main__":

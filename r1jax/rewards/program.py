@@ -10,6 +10,8 @@ import signal
 import subprocess
 import time
 
+from r1jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -21,6 +23,21 @@ class Limits:
   disk_mib: int = 16  # /tmp
   output_kib: int = 1024  # of each of stdout and stderr, and of a returned value
   threads: int = 32  # where the slot has a uid of its own
+
+  def __post_init__(self):
+    """Raises UserError: what came and what is allowed."""
+    if not (0 < self.seconds <= 3600 and 1 <= self.cpu_seconds <= 3600):
+      raise UserError(
+        f"a program's seconds={self.seconds} must be above 0 and its cpu_seconds="
+        f"{self.cpu_seconds} at least 1; both at most 3600 (config.reward.code_seconds,"
+        " config.reward.code_cpu_seconds)."
+      )
+    if self.memory_mib < 32 or min(self.disk_mib, self.output_kib, self.threads) < 1:
+      raise UserError(
+        f"a program's memory_mib={self.memory_mib} must be at least 32, which Python"
+        f" itself needs, and disk_mib={self.disk_mib}, output_kib={self.output_kib} and"
+        f" threads={self.threads} at least 1 (config.reward.code_memory_mib)."
+      )
 
 
 @dataclasses.dataclass(frozen=True)

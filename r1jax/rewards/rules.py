@@ -11,11 +11,18 @@ import importlib.util
 import math
 import numbers
 import pathlib
+import sys
 
 from r1jax.data.problem import Problem
 from r1jax.errors import UserError
 
 Rule = Callable[[str, Problem], float]
+# Names that stand for something else in the figures of a step or a sample.
+RESERVED = frozenset(
+  "accuracy format language reward reward_model total outcome detail length entropy"
+  " truncated truncation overlong kl kl_in_reward equal_groups loss samples step phase"
+  " waves grad_norm".split()
+)
 
 
 def load_rules(spec: str) -> dict[str, tuple[float, Rule]]:
@@ -29,10 +36,10 @@ def load_rules(spec: str) -> dict[str, tuple[float, Rule]]:
   """
   rules = {}
   for entry in filter(None, (e.strip() for e in spec.split(","))):
-    place, _, weight = entry.partition("=")
+    place, weighted, weight = entry.partition("=")
     path, colon, name = place.rpartition(":")
     try:
-      value = float(weight or 1.0)
+      value = float(weight) if weighted else 1.0
     except ValueError:
       value = math.nan
     if not colon or not name.isidentifier() or not math.isfinite(value):
@@ -59,9 +66,10 @@ def _load(path: pathlib.Path, name: str) -> Callable:
   if module_spec is None:
     raise UserError(f"{path} is not a Python file.")
   module = importlib.util.module_from_spec(module_spec)
+  sys.modules[module_spec.name] = module  # dataclasses look there
   try:
     module_spec.loader.exec_module(module)
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise UserError(f"{path} does not load: {type(error).__name__}: {error}") from error
   function = getattr(module, name, None)
   if not callable(function):
@@ -73,23 +81,36 @@ def checked(function: Callable, name: str) -> Rule:
   """The rule, refusing what is not a finite number.
 
   Its errors are UserErrors that say what the rule did and to which completion.
+
+  Raises:
+    UserError: the name is one of RESERVED.
   """
+  if name in RESERVED:
+    raise UserError(
+      f"a rule must not be called {name!r}: that stands for something else in the"
+      " figures. Rename the function."
+    )
 
   def rule(completion: str, problem: Problem) -> float:
     shown = f"on the completion {completion[:60]!r}"
     try:
       said = function(completion, problem)
-    except Exception as error:
+    except UserError:
+      raise
+    except (Exception, SystemExit) as error:
       raise UserError(
         f"the rule {name!r} raised {type(error).__name__}: {error}, {shown}. A rule"
         " returns a number for any text."
       ) from error
-    number = isinstance(said, numbers.Real) and math.isfinite(said)
-    if not number:
+    try:
+      number = float(said) if isinstance(said, numbers.Real) else math.nan
+    except OverflowError:
+      number = math.inf
+    if not math.isfinite(number):
       raise UserError(
         f"the rule {name!r} returned {said!r:.60} {shown}. It must return one finite"
         " number."
       )
-    return float(said)
+    return number
 
   return rule

@@ -23,7 +23,7 @@ from r1jax.rewards.code import CodeReward
 from r1jax.rewards.format import format_reward
 from r1jax.rewards.maths import MathsError, MathsWorker
 from r1jax.rewards.program import Limits
-from r1jax.rewards.rules import Rule
+from r1jax.rewards.rules import Rule, checked
 from r1jax.rewards.sandbox import BACKENDS, MAX_SLOTS, Sandbox, open_sandbox
 from r1jax.rewards.total import Breakdown, total
 from r1jax.rewards.verdict import Verdict
@@ -68,9 +68,10 @@ class ScorerConfig:
         f"config.reward.workers={self.workers} must lie in 0..{MAX_SLOTS}; 0 is one a"
         " core."
       )
-    if not self.maths_seconds > 0:
+    if not 0 < self.maths_seconds <= 3600:
       raise UserError(
-        f"config.reward.maths_seconds={self.maths_seconds} must be above 0."
+        f"config.reward.maths_seconds={self.maths_seconds} must be above 0 and at most"
+        " 3600."
       )
 
 
@@ -97,14 +98,12 @@ class Scorer:
     c = self.config = config
     problems = list(problems)
     kinds = {p.kind for p in problems}
-    self.rules = rules or {}
+    self.rules = {n: (w, checked(f, n)) for n, (w, f) in (rules or {}).items()}
     self.weights = {"accuracy": c.accuracy_weight, "format": c.format_weight}
     if c.language_weight:
       self.weights["language"] = c.language_weight
-    for name, (weight, _) in self.rules.items():
-      if name in self.weights:
-        raise UserError(f"a rule must not be called {name!r}: that is one of ours.")
-      self.weights[name] = weight
+    self.weights |= {name: weight for name, (weight, _) in self.rules.items()}
+    self.notes: list[str] = []  # for people, of the data
     self._detector = language.cld2_detector() if c.language_detector else None
     sandbox = _sandbox(c) if "code" in kinds else None
     self.workers = c.workers or _cores()
@@ -202,6 +201,7 @@ class Scorer:
 
   def _algebra(self, slot: "_Slot") -> accuracy.Algebra:
     """For one answer: all its expressions together have the worker's seconds."""
+    slot.maths.start()  # its imports are not the answer's
     until = time.monotonic() + slot.maths.seconds
 
     def asked(gold: str, answer: str) -> str:
@@ -209,7 +209,7 @@ class Scorer:
       if known is None:
         left = until - time.monotonic()
         known = slot.maths(gold, answer, left) if left > 0 else "timeout"
-        if len(self._known) < _CACHED:
+        if known in ("equal", "different") and len(self._known) < _CACHED:
           self._known[gold, answer] = known
       return known
 
@@ -217,36 +217,47 @@ class Scorer:
 
   def _try(self, problems: list[Problem]) -> None:
     """Raises UserError where the first real sample would."""
-    bad = [error for error in self._pool.map(self._gold_error, problems) if error]
+    slot = self._slots.get()
+    try:
+      if slot.maths:
+        slot.maths.start()
+    except MathsError as error:
+      raise UserError(f"{error} or set config.reward.maths=exact.") from error
+    finally:
+      self._slots.put(slot)
+    found = list(self._pool.map(self._gold_error, problems))
+    bad = [error for error, _ in found if error]
     if bad:
       more = f" (and {len(bad) - 1} more such golds)" if len(bad) > 1 else ""
       raise UserError(f"{bad[0]}{more}. Mend it or leave the problem out.")
+    odd = [note for _, note in found if note]
+    if odd:
+      more = f", and {len(odd) - 1} more such golds" if len(odd) > 1 else ""
+      self.notes.append(f"compared as text alone: {odd[0]}{more}.")
     for problem in problems[:1]:
       for text in ("", "<think>I add.</think><answer>7</answer>"):
         self._one(text, problem)
 
-  def _gold_error(self, problem: Problem) -> str:
-    """What is wrong with a problem's golds, or ""."""
+  def _gold_error(self, problem: Problem) -> tuple[str, str]:
+    """(what is wrong with a problem's golds, what is odd), or "" for nothing."""
     where = problem.where or f"the problem {problem.problem[:60]!r}"
     if problem.kind == "text":
-      return ""
+      return "", ""
     for gold in problem.answers:
       meant = reading.parse(gold)
       if problem.kind == "choice" and choice.letter(gold) is None:
-        return f"{where}: the gold {gold[:60]!r} is not a letter"
+        return f"{where}: the gold {gold[:60]!r} is not a letter", ""
       if meant is None:
-        return f"{where}: the gold {gold[:60]!r} cannot be read"
+        return f"{where}: the gold {gold[:60]!r} cannot be read", ""
       algebra = meant.kind == "expression" and re.search(r"\w", meant.text)
       if algebra and not self._is_algebra(meant.text):
-        return f"{where}: the gold {gold[:60]!r} is not an expression"
-    return ""
+        return "", f"{where}: the gold {gold[:60]!r} is not an expression"
+    return "", ""
 
   def _is_algebra(self, text: str) -> bool:
     slot = self._slots.get()
     try:
       return not slot.maths or slot.maths.reads(text)
-    except MathsError as error:
-      raise UserError(f"{error} or set config.reward.maths=exact.") from error
     finally:
       self._slots.put(slot)
 
