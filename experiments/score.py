@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 import contextlib
 import json
 import math
-import pathlib
+import os
+import re
 import sys
 
 import rich.console
@@ -40,13 +41,18 @@ def main(argv: list[str]) -> None:
   try:
     result = score(options)
   except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
+    named = re.sub(r"config\.reward\.(\w+)", _flag, str(error))
+    print(f"error: {named}", file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
     print("stopped", file=sys.stderr)
     sys.exit(130)
   if options.json:
     print(json.dumps(result))
+
+
+def _flag(key: re.Match) -> str:
+  return "--" + key[1].replace("_", "-")
 
 
 def flags() -> argparse.ArgumentParser:
@@ -94,12 +100,13 @@ def score(options: argparse.Namespace) -> dict:
     sandbox=options.sandbox,
     limits=Limits(seconds=options.code_seconds),
   )
+  may_write(options.out, samples=options.file)
   console = rich.console.Console(stderr=True)
   names, judged = [*weights, *rules], "accuracy" in weights
   scored: list[Breakdown] = []
   with (
-    written(options.out) as keep,
     Scorer(config, [p for _, p in samples], rules) as scorer,
+    written(options.out) as keep,
   ):
     for note in scorer.notes:
       console.print(note, highlight=False, soft_wrap=True)
@@ -129,6 +136,8 @@ def chosen(spec: str) -> tuple[dict[str, float], dict]:
       weights[name] = math.nan
     if not math.isfinite(weights[name]):
       raise UserError(f"--rewards: {entry!r} has a weight that is no number.")
+    if name == "language" and not weights[name]:
+      raise UserError("--rewards: language with a weight of 0 is not computed.")
   unknown = [entry for entry in theirs if ":" not in entry]
   if unknown or not (weights or theirs):
     raise UserError(
@@ -160,16 +169,25 @@ def read(path: str, *, judged: bool) -> list[tuple[str, Problem]]:
   return list(zip(texts, problems, strict=True))
 
 
+def may_write(path: str, *, samples: str) -> None:
+  """Raises UserError where --out cannot be written, or is the samples' own file; what
+  it holds stays."""
+  if path and os.path.exists(path) and os.path.samefile(path, samples):
+    raise UserError(f"--out={path} is the file of the samples itself; take another.")
+  try:
+    if path:
+      with open(path, "a"):
+        pass
+  except OSError as error:
+    raise UserError(f"--out={path} cannot be written ({error.strerror}).") from error
+
+
 @contextlib.contextmanager
 def written(path: str) -> Iterator[Callable[[dict], None]]:
   """A function that appends a row to the file, or to none where the path is ""."""
   if not path:
     yield lambda row: None
     return
-  try:
-    pathlib.Path(path).write_text("")
-  except OSError as error:
-    raise UserError(f"--out={path} cannot be written ({error.strerror}).") from error
   with open(path, "w", encoding="utf-8") as file:
     yield lambda row: file.write(json.dumps(row) + "\n")
 

@@ -40,7 +40,8 @@ class Slots:
 def figures(rollout: Rollout, rewards: Rewards) -> dict[str, jax.Array]:
   """Means over a rollout, of rewards over the samples that were scored; and the share
   of each outcome."""
-  equal = ~varied(rewards.total, rewards.valid)
+  some = rewards.valid.any(axis=1)
+  equal = some & ~varied(rewards.total, rewards.valid)
   outcomes = {}
   if rewards.outcome is not None:
     for i, name in enumerate(OUTCOMES):
@@ -52,7 +53,7 @@ def figures(rollout: Rollout, rewards: Rewards) -> dict[str, jax.Array]:
     "length": rollout.lengths.mean(dtype=jnp.float32),
     "entropy": rollout.entropy.sum() / rollout.mask.sum(),
     "truncated": 1.0 - rollout.ended.mean(dtype=jnp.float32),
-    "equal_groups": equal.mean(dtype=jnp.float32),
+    "equal_groups": equal.sum() / jnp.maximum(some.sum(), 1),
   }
 
 

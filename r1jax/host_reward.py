@@ -9,6 +9,7 @@ lost, so that the step does no harm; the loop raises it with `check`.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
 import jax
@@ -33,8 +34,8 @@ class HostReward:
   def __init__(self, scorer: Scorer, problems: Sequence[Problem], tokenizer: Tokenizer):
     """Args: the scorer; the problems that the batches' ids count; the tokenizer."""
     self.scorer, self.problems, self.tokenizer = scorer, problems, tokenizer
-    self._error: Exception | None = None
-    self._lost: str = ""
+    self._error: BaseException | None = None
+    self._why = ""  # a sample was lost
 
   def __call__(self, prompts: PromptBatch, rollout: Rollout) -> Rewards:
     names = list(self.scorer.weights)
@@ -46,39 +47,55 @@ class HostReward:
     }
     return Rewards.of(outcome, **weighted)
 
-  def check(self) -> None:
-    """Raises the error that a step met, a rule's UserError say, and a UserError where
-    a whole step was lost."""
+  def check(self, lost: float) -> None:
+    """Raises the error that a step met, a rule's UserError or Ctrl-C say, and a
+    UserError where a whole step was lost.
+
+    Args:
+      lost: the share of the step's samples whose outcome is infrastructure.
+    """
     if self._error:
-      raise self._error
-    if self._lost:
+      error, self._error = self._error, None
+      raise error
+    if lost == 1.0:
       raise UserError(
-        f"no sample of a step could be scored: {self._lost}. The run stands at its"
-        " last checkpoint; mend the cause and give the same command again."
+        f"no sample of a step could be scored: {self._why}. The run stands at its last"
+        " checkpoint; mend the cause and give the same command again."
       )
 
-  def _on_host(self, ids: Any, tokens: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
-    ids, tokens, mask = (np.asarray(x) for x in (ids, tokens, mask))
-    b, g, _ = tokens.shape
-    samples = [
-      (self.tokenizer.decode(tokens[i, j][mask[i, j]]), self.problems[ids[i]])
-      for i in range(b)
-      for j in range(g)
-    ]
+  def _on_host(
+    self, shape: tuple[int, int, int], ids: Any, *pieces: Any
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """The callback: (parts [B, G, width] float32, outcome [B, G] int32).
+
+    Args:
+      shape: B, G, T of the device's rows.
+      ids: [B].
+      pieces: their tokens, -1 where there is none, in pieces.
+    """
+    b, g, _ = shape
     names = list(self.scorer.weights)
     parts = np.zeros((b * g, len(names)), np.float32)
     outcome = np.full(b * g, OUTCOMES.index("infrastructure"), np.int32)
     try:
-      scored = self.scorer.score(samples)
-    except Exception as error:
+      tokens = np.concatenate([np.asarray(x) for x in pieces]).reshape(b * g, -1)
+      texts = [self.tokenizer.decode(row[row >= 0]) for row in tokens]
+      problems = [self.problems[i] for i in np.asarray(ids) for _ in range(g)]
+      for i, said in enumerate(
+        self.scorer.score(list(zip(texts, problems, strict=True)))
+      ):
+        parts[i] = [said.parts[name] for name in names]
+        outcome[i] = OUTCOMES.index(said.outcome)
+        if said.outcome == "infrastructure":
+          self._why = said.detail
+    except BaseException as error:  # Ctrl-C too: the callback may be on any thread
       self._error = self._error or error
-      scored = []
-    for i, said in enumerate(scored):
-      parts[i] = [said.parts[name] for name in names]
-      outcome[i] = OUTCOMES.index(said.outcome)
-    if scored and all(said.outcome == "infrastructure" for said in scored):
-      self._lost = scored[0].detail
     return parts.reshape(b, g, -1), outcome.reshape(b, g)
+
+
+# int32 of an operand of a callback. On CPU devices JAX copies operands of 100 KB and
+# more in the threads that run the callbacks, and when all of them wait nobody copies.
+_PIECE = 16_384
 
 
 def _on_each_device(
@@ -92,7 +109,11 @@ def _on_each_device(
       jax.ShapeDtypeStruct((b, g, width), jnp.float32),
       jax.ShapeDtypeStruct((b, g), jnp.int32),
     )
-    return jax.pure_callback(on_host, shapes, ids, tokens, mask)
+    flat = jnp.where(mask, tokens, -1).reshape(-1)
+    size = _PIECE if jax.default_backend() == "cpu" else flat.size
+    pieces = [flat[i : i + size] for i in range(0, flat.size, size)]
+    call = functools.partial(on_host, tokens.shape)
+    return jax.pure_callback(call, shapes, ids, *pieces)
 
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:

@@ -200,8 +200,7 @@ def reinforce(this: Run, params: Any, router: Any) -> None:
         record(this, *pending)
         pending = None
     if this.host_reward:
-      jax.block_until_ready(said)
-      this.host_reward.check()
+      this.host_reward.check(float(figures["outcome_infrastructure"]))
     if last or step % c.eval.every == 0:
       evaluate(state, step)
     if last or step % c.checkpoint_every == 0:

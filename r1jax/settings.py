@@ -73,7 +73,10 @@ def step_config(config: ConfigDict, max_tokens: int) -> GRPOConfig | PPOConfig:
 def scorer_config(config: ConfigDict) -> ScorerConfig:
   r = config.reward
   limits = Limits(
-    seconds=r.code_seconds, cpu_seconds=r.code_cpu_seconds, memory_mib=r.code_memory_mib
+    seconds=r.code_seconds,
+    total_seconds=r.code_total_seconds,
+    cpu_seconds=r.code_cpu_seconds,
+    memory_mib=r.code_memory_mib,
   )
   same = ("accuracy_weight", "format_weight", "language_weight", "language")
   same += ("language_detector", "workers", "maths", "maths_seconds", "sandbox")
@@ -99,6 +102,8 @@ def idle(config: ConfigDict) -> list[str]:
     config.grpo,
     presets.without_effect(config.objective.preset, **chosen(config)),
   )
+  if config.reward.language_detector and not config.reward.language_weight:
+    said.append("reward.language_detector has no effect: reward.language_weight is 0.")
   if not g.keep_sampling_mask:
     said.append("grpo.keep_sampling_mask has no effect: nothing is truncated.")
   return said
@@ -298,6 +303,10 @@ def reward_rules(c: ConfigDict) -> list[tuple[bool, str]]:
   """(holds, what came and the rule): of the reward."""
   r = c.reward
   return [
+    (
+      c.data.problems or c.data.source == "jsonl",
+      f"data.source={c.data.source!r} needs data.problems: the file, or the task",
+    ),
     (
       r.host or not (r.rules or r.language_weight),
       f"reward.rules={r.rules!r} and reward.language_weight={r.language_weight} are"

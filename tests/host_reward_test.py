@@ -112,17 +112,38 @@ def test_without_a_mesh_one_callback_scores_all():
   assert got.total.shape == (B, G) and scorer.asked.total() == B * G
 
 
-def test_a_large_batch_does_not_hang():
-  """Callbacks that wait for arrays of megabytes."""
-  rng = np.random.default_rng(0)
-  tokens = jnp.asarray(rng.integers(0, 26, (64, 16, 512)), jnp.int32)
-  mask = jnp.ones(tokens.shape, bool)
-  rollout = Rollout(tokens, mask, tokens * 0.0, tokens * 0.0, mask[..., 0])
-  scorer = Counting(lambda text, p: Breakdown(1.0, {"count": 1.0}, "correct"))
-  asked = prompts(np.zeros(B, np.int32)).replace(ids=jnp.zeros(64, jnp.int32))
-  reward = jax.jit(HostReward(scorer, PROBLEMS, Letters()))
-  for _ in range(3):
-    assert float(reward(asked, rollout).total.sum()) == 64 * 16
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_a_large_batch_does_not_hang(devices):
+  """On CPU, callbacks on all devices at once that wait for arrays of megabytes. With
+  operands of more than 100 KB this never ends."""
+  shape = (8, 16, 4096)
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 26, shape), jnp.int32)
+  mask = tokens < 20
+  zeros = jnp.zeros(shape, jnp.float32)
+  rollout = Rollout(tokens, mask, zeros, zeros, mask[..., 0])
+  texts = []
+
+  def score(text, problem):
+    texts.append(text)
+    return Breakdown(1.0, {"count": 1.0}, "correct")
+
+  mesh = sharding.make_mesh((devices, 1, 1), jax.devices()[:devices])
+  reward = jax.jit(HostReward(Counting(score), PROBLEMS, Letters()))
+  with jax.set_mesh(mesh):
+    given = jax.device_put(
+      (prompts(np.arange(B)), rollout), sharding.batch_sharding(mesh)
+    )
+    for _ in range(3):
+      assert float(reward(*given).total.sum()) == 8 * 16
+  want = [
+    Letters().decode(t[m])
+    for t, m in zip(
+      np.asarray(tokens).reshape(-1, 4096),
+      np.asarray(mask).reshape(-1, 4096),
+      strict=True,
+    )
+  ]
+  assert collections.Counter(texts) == collections.Counter(3 * want)
 
 
 # -- the step --------------------------------------------------------------------------
@@ -172,7 +193,7 @@ def test_a_step_with_host_rewards_is_that_with_the_same_rewards_in_the_graph(
     np.testing.assert_allclose(metrics[name], in_graph_step[2][name], rtol=1e-4)
   shares = [float(metrics[f"outcome_{name}"]) for name in OUTCOMES]
   assert sum(shares) == pytest.approx(1.0)
-  reward.check()
+  reward.check(0.0)
 
 
 def test_lost_samples_have_no_share_in_a_steps_figures(on_host, in_graph_step):
@@ -206,7 +227,8 @@ def test_a_step_that_lost_every_sample_changes_no_parameter(on_host):
   assert float(metrics["outcome_infrastructure"]) == 1.0
   assert all(np.isfinite(float(x)) for x in metrics.values())
   with pytest.raises(UserError, match="no sample of a step could be scored: no worker"):
-    reward.check()
+    reward.check(1.0)
+  reward.check(0.99)  # one device's share alone does not stop the run
 
 
 def test_an_error_of_a_rule_stops_the_run_and_not_the_process(on_host):
@@ -216,7 +238,16 @@ def test_an_error_of_a_rule_stops_the_run_and_not_the_process(on_host):
   (state, *_), reward = on_host(fail)
   assert_same(state.params, golden.new_state(golden.tiny_policy()).params)
   with pytest.raises(UserError, match="the rule 'short' raised KeyError"):
-    reward.check()
+    reward.check(1.0)
+
+
+def test_ctrl_c_in_a_callback_is_kept_for_the_loop(on_host):
+  def stop(text, problem):
+    raise KeyboardInterrupt
+
+  _, reward = on_host(stop)
+  with pytest.raises(KeyboardInterrupt):
+    reward.check(1.0)
 
 
 def test_segments_take_host_rewards_too(in_graph_step):
@@ -309,5 +340,5 @@ def test_a_scorer_serves_several_devices_at_a_time():
       given = (prompts(np.arange(B)), a_rollout())
       given = jax.device_put(given, sharding.batch_sharding(mesh))
       got = jax.block_until_ready(jax.jit(reward)(*given))
-  reward.check()
+  reward.check(0.0)
   assert (np.asarray(got.outcome) == OUTCOMES.index("unparsable")).all()

@@ -152,7 +152,8 @@ def tiny() -> ConfigDict:
   )
   c.reward.maths_seconds = 2.0  # an answer's algebra, at most
   c.reward.sandbox = "bubblewrap"  # for code; "wasi": needs no user namespaces
-  c.reward.code_seconds = 6.0  # a program on all its tests, at most
+  c.reward.code_seconds = 6.0  # a program on one input, or one call of it
+  c.reward.code_total_seconds = 60.0  # a program on all its tests
   c.reward.code_cpu_seconds = 5  # a run of it
   c.reward.code_memory_mib = 512
   c.reward.alarm = ConfigDict()  # say so where more of a step's samples end like this

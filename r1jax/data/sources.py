@@ -46,7 +46,8 @@ def read(
   """
   if source not in SOURCES:
     raise UserError(
-      f"there is no source {source!r} of problems; take one of {', '.join(SOURCES)}."
+      f"there is no source {source!r} of problems; take one of {', '.join(SOURCES)} or"
+      " reasoning_gym."
     )
   return read_with(
     SOURCES[source],

@@ -81,6 +81,11 @@ def read(given: Mapping, seed: int) -> list[Problem]:
         f"config.data.options={given['options']!r} is not JSON ({error}). It is an"
         ' object such as {"min_terms": 2}.'
       ) from error
+    if not isinstance(options, dict):
+      raise UserError(
+        f"config.data.options={given['options']!r} is not a JSON object such as"
+        ' {"min_terms": 2}.'
+      )
     return gym.generate(name, given["count"], seed=seed, options=options)
   return sources.read(source, name, skip_malformed=given["skip_malformed"])
 

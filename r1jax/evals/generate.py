@@ -9,6 +9,7 @@ from r1jax.data.problem import Problem
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.evals import pass_at_k
 from r1jax.rewards.accuracy import answered
+from r1jax.rewards.choice import letter
 from r1jax.rewards.extraction import extract_answer
 from r1jax.rewards.format import format_reward
 from r1jax.rewards.scorer import Scorer
@@ -75,11 +76,11 @@ def summarise(
   correct = np.array([v.outcome == "correct" for v in verdicts]).reshape(shape)
   flat = [text for text, _ in pairs]
   n = correct.shape[1]
-  answers = [[extract_answer(t, **how) for t in texts] for texts in samples.texts]
+  voted, right = ballots(samples, verdicts, correct, **how)
   formats = [format_reward(t, **how) for t in flat]
   return {
     "pass_at_1": pass_at_k.pass_at_1(correct),
-    f"cons_at_{n}": pass_at_k.cons_at_n(answers, correct),
+    f"cons_at_{n}": pass_at_k.cons_at_n(voted, right),
     f"pass_at_{n}": pass_at_k.pass_at_k(correct, n),
     "mean_length": float(samples.lengths.mean()),
     "reflection_rate": float(np.mean([reflections(t) for t in flat])),
@@ -87,6 +88,26 @@ def summarise(
     "truncation_rate": float(1.0 - samples.ended.mean()),
     **({"lost_rate": lost_rate(verdicts)} if scorer else {}),
   }
+
+
+def ballots(
+  samples: Samples, verdicts: list[Verdict], correct: np.ndarray, *, prefill_think: bool
+) -> tuple[list[list[str | None]], np.ndarray]:
+  """What the samples of each problem vote for, and whether it is right. Programs do not
+  vote (no two are the same text), nor do samples that could not be scored."""
+  kept = [i for i, p in enumerate(samples.problems) if p.kind != "code"]
+  n, found = correct.shape[1], []
+  for i in kept:
+    row = []
+    for text, verdict in zip(
+      samples.texts[i], verdicts[i * n : (i + 1) * n], strict=True
+    ):
+      answer = extract_answer(text, prefill_think=prefill_think)
+      if answer is not None and samples.problems[i].kind == "choice":
+        answer = letter(answer)
+      row.append(None if verdict.outcome == "infrastructure" else answer)
+    found.append(row)
+  return found, correct[kept]
 
 
 def lost_rate(verdicts: list[Verdict]) -> float:

@@ -34,8 +34,9 @@ def pass_at_k(correct: np.ndarray, k: int) -> float:
 def cons_at_n(answers: Sequence[Sequence[str | None]], correct: np.ndarray) -> float:
   """Share of problems whose majority answer is right.
 
-  Answers that are equal as numbers vote together (`1/2` with `0.5`). A missing answer
-  (None) has no vote. Tied answers share the problem: a right one among two pays 1/2.
+  Answers that are equal as numbers vote together (`1/2` with `0.5`), and are right if
+  one of them was found right. A missing answer (None) has no vote. Tied answers share
+  the problem: a right one among two pays 1/2. Without a problem it is NaN.
 
   Args:
     answers: [problems][n] extracted answers.
@@ -43,15 +44,15 @@ def cons_at_n(answers: Sequence[Sequence[str | None]], correct: np.ndarray) -> f
   """
   shares = []
   for said, right in zip(answers, correct, strict=True):
-    votes, verdict = defaultdict(int), {}
+    votes, verdict = defaultdict(int), defaultdict(bool)
     for answer, ok in zip(said, right, strict=True):
       if answer is not None:
         votes[equivalence_class(answer)] += 1
-        verdict[equivalence_class(answer)] = bool(ok)
+        verdict[equivalence_class(answer)] |= bool(ok)
     most = max(votes.values(), default=0)
     best = [verdict[a] for a, n in votes.items() if n == most]
     shares.append(np.mean(best) if best else 0.0)
-  return float(np.mean(shares))
+  return float(np.mean(shares)) if shares else math.nan
 
 
 def equivalence_class(answer: str) -> str:

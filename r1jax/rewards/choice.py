@@ -6,12 +6,17 @@ from r1jax.rewards.reading import MAX_CHARS, normalise
 
 _OPTION = re.compile(r"\(?\s*[A-J]\s*\)?")
 _LETTER = re.compile(
-  r"\(?\s*([A-Za-z])\s*\)?(?:[.:)]?|(?<=[).:])(\s.*)|[.:](\s.*))", re.DOTALL
+  r"(?:(?:option|answer|choice)\s*:?\s*)?\(?\s*([A-Z])\s*\)?"
+  r"(?:[.:)]?|(?<=[).:])(\s.*)|[.:](\s.*)|\s-(\s.*))",
+  re.DOTALL | re.IGNORECASE,
 )
-# After the letter: another one, or a word that takes it back.
+# After the letter: another option, or a word that takes it back.
 _SECOND_THOUGHT = re.compile(
-  r"(?<![A-Za-z])(?:[A-J]|or|and|not|is|isn|nor|but|wrong|incorrect|false|neither|both"
-  r"|none|all)(?![A-Za-z])"
+  r"\s*(?i:is|isn|not|wrong|incorrect|false|or|and|nor|but)(?![A-Za-z])"
+  r"|.*(?<![A-Za-z])(?i:or|and|not|nor|but|both|neither)\s+\(?[A-J](?![A-Za-z])"
+  r"|.*(?<![A-Za-z])[A-J]\s*[).:](?![A-Za-z0-9])"
+  r"|\s*(?:[B-J](?![A-Za-z])|A\s*$)",
+  re.DOTALL,
 )
 
 
@@ -19,7 +24,7 @@ def letter(text: str) -> str | None:
   """The option that an answer chooses: `B`, `(B)`, `b.`, `B) 12 m`; None for none or
   for more than one."""
   found = _LETTER.fullmatch(normalise(text)) if len(text) <= MAX_CHARS else None
-  if not found or _SECOND_THOUGHT.search(found[2] or found[3] or ""):
+  if not found or _SECOND_THOUGHT.match(found[2] or found[3] or found[4] or ""):
     return None
   return found[1].upper()
 

@@ -7,10 +7,12 @@ other, and gets plain values back; so nothing the program does to its own Python
 `==`, its frames or its output can reach what it is judged by.
 
 Choices: a test passes or the program fails, no partial credit (the paper is silent);
-printed lines are compared without white space at their ends and at the end of the text;
-floats of returned values may differ by 1e-9; a tuple is as good as a list.
+printed text is compared line by line, numbers by value; floats of returned values may
+differ by 1e-9; a tuple is as good as a list.
 """
 
+import ast
+from decimal import Decimal
 import json
 import re
 import time
@@ -20,10 +22,11 @@ from r1jax.rewards.extraction import extract_program
 from r1jax.rewards.inside.literals import dump
 from r1jax.rewards.program import Program
 from r1jax.rewards.sandbox import Sandbox
-from r1jax.rewards.verdict import Verdict
+from r1jax.rewards.verdict import OUTCOMES, Verdict
 from r1jax.rewards.wasi import Wasi
 
 FLOAT_TOLERANCE = 1e-9
+_DECIMAL = re.compile(r"[+-]?(\d{1,100}(\.\d{0,100})?|\.\d{1,100})", re.ASCII)
 
 
 class CodeReward:
@@ -47,7 +50,8 @@ class CodeReward:
       return Verdict("unparsable", "no block of Python")
     tests = problem.tests
     program = assembled(code, tests)
-    until = time.monotonic() + self._sandbox.limits.seconds
+    limits = self._sandbox.limits
+    until = time.monotonic() + limits.total_seconds
     if tests.style == "stdin":
       return self._printed(program, tests, until)
     return self._called(program, tests, until)
@@ -59,14 +63,15 @@ class CodeReward:
 
   def _printed(self, program: str, tests: Tests, until: float) -> Verdict:
     for i, (given, expected) in enumerate(tests.cases):
-      left = until - time.monotonic()
-      running = self._sandbox.start(program, stdin=given, slot=self._slot, seconds=left)
+      running = self._sandbox.start(
+        program, stdin=given, slot=self._slot, seconds=self._left(until)
+      )
       with running:
         ended = running.end()
       if ended.outcome:
         return Verdict(ended.outcome, f"test {i}: {ended.detail}")
       said = ended.stdout.decode("utf-8", "replace")
-      if lines(said) != lines(expected):
+      if not same_output(said, expected):
         return Verdict("wrong", f"test {i}: printed {said[:60]!r}")
     return Verdict("correct")
 
@@ -75,13 +80,14 @@ class CodeReward:
       program,
       entry_point=tests.entry_point,
       slot=self._slot,
-      seconds=until - time.monotonic(),
+      seconds=self._left(until),
     )
     with running:
       if running.ask(b"") is None:
         return _stopped(running)
       line = self._ask_judge(_job(tests), until)
       while line[:1] == b"C":
+        running.allow(time.monotonic() + self._left(until))
         reply = running.ask(line[1:] + b"\n")
         if reply is None:
           self.close()  # it waits for an answer that will not come
@@ -90,12 +96,19 @@ class CodeReward:
     if line[:1] != b"V":
       return Verdict(line.decode() or "infrastructure", "in the tests")
     outcome, detail = json.loads(line[1:])
+    if outcome not in OUTCOMES:
+      return Verdict("infrastructure", f"the tests say {outcome!r:.60}")
     return Verdict(outcome, detail)
+
+  def _left(self, until: float) -> float:
+    """Seconds for the next run or call."""
+    return min(self._sandbox.limits.seconds, until - time.monotonic())
 
   def _ask_judge(self, line: bytes, until: float) -> bytes:
     """The judge's next line; b"timeout", or b"" if it was lost, after closing it."""
     if self._judge is None:
       self._judge = self._sandbox.judge(slot=self._slot)
+    until = time.monotonic() + self._left(until)
     self._judge.allow(until)
     said = self._judge.ask(line + b"\n")
     if said is None:
@@ -109,6 +122,17 @@ def _stopped(running: Program) -> Verdict:
   """Of a program that ended when it should have answered."""
   ended = running.end()
   return Verdict(ended.outcome or "crash", ended.detail or "it ended before its tests")
+
+
+def tests_error(tests: Tests, where: str) -> str:
+  """What can be seen to be wrong with tests before they run, or ""."""
+  for name, source in (("prompt", tests.preamble), ("test", tests.check)):
+    try:
+      if tests.style == "check":
+        ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+      return f"{where}: its {name} is not Python ({error})"
+  return ""
 
 
 def _job(tests: Tests) -> bytes:
@@ -132,6 +156,28 @@ def assembled(code: str, tests: Tests) -> str:
   name = re.escape(tests.entry_point)
   again = re.search(rf"^[ \t]*(?:async )?def[ \t]+{name}\b", code, re.MULTILINE)
   return tests.preamble + ("\n" if again else "") + code
+
+
+def same_output(said: str, expected: str) -> bool:
+  """Whether two printed texts are the same: line by line without white space at their
+  ends and at the text's; where a line differs, word by word, as text or as decimal
+  numbers (LiveCodeBench's rule: 0.50 is 0.5)."""
+  ours, theirs = lines(said), lines(expected)
+  return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
+
+
+def _same_line(said: str, expected: str) -> bool:
+  if said == expected:
+    return True
+  ours, theirs = said.split(), expected.split()
+  return len(ours) == len(theirs) and all(
+    a == b or _decimal(a) == _decimal(b) is not None
+    for a, b in zip(ours, theirs, strict=True)
+  )
+
+
+def _decimal(word: str) -> Decimal | None:
+  return Decimal(word) if _DECIMAL.fullmatch(word) else None
 
 
 def lines(text: str) -> list[str]:

@@ -2,8 +2,11 @@ r"""Where in a completion the answer is: `<answer>`, the last `\boxed{}`, or cod
 
 import re
 
-_FENCE = re.compile(r"```([^\n`]*)\n(.*?)(?:```|\Z)", re.DOTALL)
-_LANGUAGES = ("", "python", "python3", "py")
+# A block ends at a fence that has its line to itself.
+_FENCE = re.compile(
+  r"^[ \t]*```([^\n`]*)\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE
+)
+_PYTHON = ("python", "python3", "py")
 
 
 def spoken(completion: str, *, prefill_think: bool = False) -> str | None:
@@ -15,7 +18,7 @@ def spoken(completion: str, *, prefill_think: bool = False) -> str | None:
     prefill_think: the prompt already ended in `<think>`.
   """
   _, ended, after = completion.rpartition("</think>")
-  if not ended and (prefill_think or "<think>" in completion):
+  if "<think>" in after or (prefill_think and not ended):
     return None
   return after
 
@@ -39,16 +42,21 @@ def extract_answer(completion: str, *, prefill_think: bool = False) -> str | Non
 
 
 def extract_program(completion: str, *, prefill_think: bool = False) -> str | None:
-  """The last fenced block of Python of the answer, or what the answer's tags hold."""
+  """The last fenced block of the answer that is labelled as Python, or else the last
+  without a label; without a block, what the answer's tags hold."""
   text = spoken(completion, prefill_think=prefill_think)
   if text is None:
     return None
   tagged = _tagged(text)
-  blocks = _FENCE.findall(text if tagged is None else tagged)
-  ours = [code for name, code in blocks if name.strip().lower() in _LANGUAGES]
-  if ours:
-    return ours[-1] or None
-  return tagged if tagged and not blocks and tagged.strip() else None
+  for part in (tagged or "", text):
+    blocks = [(name.strip().lower(), code) for name, code in _FENCE.findall(part)]
+    labelled = [code for name, code in blocks if name in _PYTHON]
+    bare = [code for name, code in blocks if not name]
+    if labelled or bare:
+      return (labelled or bare)[-1] or None
+  if tagged is None or not tagged.strip() or "```" in text:
+    return None
+  return tagged
 
 
 def last_box(text: str) -> str | None:

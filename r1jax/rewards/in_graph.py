@@ -31,7 +31,8 @@ class Rewards:
   @property
   def valid(self) -> jax.Array:
     """B G bool: the samples that were scored. The others, lost by a failure of the
-    infrastructure, have no share in any statistic and no loss."""
+    infrastructure, have no share in any statistic of rewards and no policy loss (what
+    their tokens did in the experts is still counted)."""
     if self.outcome is None:
       return jnp.ones(self.total.shape, bool)
     return self.outcome != OUTCOMES.index("infrastructure")
@@ -105,9 +106,10 @@ def accuracy(
   length = tokens.shape[-1]
   at = jnp.arange(length).reshape(1, 1, -1)
   thought = jnp.max(jnp.where(mask & (tokens == tags.end_think), at, -1), axis=-1)
-  thinks = prefill_think | jnp.any(mask & (tokens == tags.think), axis=-1)
+  begun = jnp.max(jnp.where(mask & (tokens == tags.think), at, -1), axis=-1)
+  thinks = (begun > thought) | (prefill_think & (thought < 0))
   opened = jnp.max(jnp.where(mask & (tokens == tags.answer), at, -1), axis=-1)
-  opened = jnp.where((opened < thought) | (thinks & (thought < 0)), -1, opened)
+  opened = jnp.where((opened < thought) | thinks, -1, opened)
   closing = mask & (tokens == tags.end_answer) & (at > opened[..., None])
   closed = jnp.min(jnp.where(closing, at, length), axis=-1)
   inside = (at > opened[..., None]) & (at < closed[..., None])

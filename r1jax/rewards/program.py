@@ -17,8 +17,9 @@ from r1jax.errors import UserError
 class Limits:
   """Of one program."""
 
-  seconds: float = 6.0  # by the clock, all its inputs together
-  cpu_seconds: int = 5
+  seconds: float = 6.0  # by the clock: of a run on one input, or of one call
+  total_seconds: float = 60.0  # of all its inputs or calls together
+  cpu_seconds: int = 5  # of a run; all calls together have the total
   memory_mib: int = 512  # address space
   disk_mib: int = 16  # /tmp
   output_kib: int = 1024  # of each of stdout and stderr, and of a returned value
@@ -31,6 +32,11 @@ class Limits:
         f"a program's seconds={self.seconds} must be above 0 and its cpu_seconds="
         f"{self.cpu_seconds} at least 1; both at most 3600 (config.reward.code_seconds,"
         " config.reward.code_cpu_seconds)."
+      )
+    if not self.seconds <= self.total_seconds <= 86_400:
+      raise UserError(
+        f"a program's total_seconds={self.total_seconds} must be at least its seconds="
+        f"{self.seconds} and at most 86400 (config.reward.code_total_seconds)."
       )
     if self.memory_mib < 32 or min(self.disk_mib, self.output_kib, self.threads) < 1:
       raise UserError(
@@ -213,14 +219,21 @@ class Pipes:
   def __init__(self, files: dict[str, bytes], *, calls: bool):
     """Args: contents it can read and nobody can change, by name; whether to open the
     pair of requests and replies."""
-    self.given = {name: sealed(content) for name, content in files.items()}
-    self.status, self.given["status"] = os.pipe()
+    self.given, self.readable, self.writable = {}, [], []
     self.requests = self.replies = -1
-    if calls:
-      self.given["requests"], self.requests = os.pipe()
-      self.replies, self.given["replies"] = os.pipe()
-    self.readable = [fd for fd in (self.status, self.replies) if fd >= 0]
-    self.writable = [fd for fd in (self.requests,) if fd >= 0]
+    try:
+      for name, content in files.items():
+        self.given[name] = sealed(content)
+      self.status, self.given["status"] = os.pipe()
+      self.readable.append(self.status)
+      if calls:
+        self.given["requests"], self.requests = os.pipe()
+        self.writable.append(self.requests)
+        self.replies, self.given["replies"] = os.pipe()
+        self.readable.append(self.replies)
+    except BaseException:  # too many open files, say
+      self.close()
+      raise
 
   def started(self) -> None:
     for fd in self.given.values():
@@ -237,9 +250,13 @@ class Pipes:
 def sealed(content: bytes) -> int:
   """A file descriptor to read `content` from, which nobody can change."""
   fd = os.memfd_create("r1jax", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-  with os.fdopen(os.dup(fd), "wb") as file:
-    file.write(content)
-  seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
-  fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
-  os.lseek(fd, 0, os.SEEK_SET)
+  try:
+    with os.fdopen(os.dup(fd), "wb") as file:
+      file.write(content)
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+    os.lseek(fd, 0, os.SEEK_SET)
+  except BaseException:
+    os.close(fd)
+    raise
   return fd

@@ -28,11 +28,12 @@ def _parse(text: str) -> Value | None:
 _SYMBOLS = {
   **{"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "∪": r"\cup "},
   **{"∞": r"\infty ", "π": r"\pi ", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge "},
+  **{"½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34", "²": "^2", "³": "^3"},
   **{"≠": r"\ne ", "≈": r"\approx ", "∈": r"\in ", "±": r"\pm ", "∅": r"\emptyset "},
 }
 _WRAPPERS = (
   *((r"\$\$", r"\$\$"), (r"\$", r"\$"), (r"\\\(", r"\\\)"), (r"\\\[", r"\\\]")),
-  (r"\*\*", r"\*\*"),
+  *((r"\*\*", r"\*\*"), (r"`", r"`")),
 )
 _WRAPPED = re.compile(
   "|".join(rf"{a}(?!.*{a}.*{b})(.*){b}" for a, b in _WRAPPERS), re.S
@@ -90,6 +91,8 @@ def normalise(text: str) -> str:
 
 def _value(text: str, depth: int) -> Value:
   text = text.strip().removesuffix(".").strip()
+  if not text:
+    return Value("nothing")
   for read in (_empty_set, _number, _words, _inequality, _matrix, _structure, _named):
     value = read(text, depth)
     if value is not None:
@@ -106,8 +109,9 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d*)?|\.\d+)"
 _PART = r"(?:\{\s*([+-]?\d+)\s*\}|(\d))"
 _PLAIN = re.compile(
-  rf"([+-]?)\s*(\$?)\s*([+-]?)\s*(?:"
+  rf"([+-]?)\s*([$€£]?)\s*([+-]?)\s*(?:"
   rf"(?P<mixed>\d+)?\s*\\frac\s*{_PART}\s*{_PART}"
+  rf"|(?P<whole>\d+)\s+(?P<part>\d+)\s*/\s*(?P<parts>\d+)"
   rf"|(?P<over>{_DIGITS})\s*/\s*(?P<under>{_DIGITS})"
   rf"|(?P<decimal>{_DECIMAL})(?:e(?P<exp>[+-]?\d{{1,3}})"
   rf"|\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{{\s*([+-]?\d{{1,3}})\s*\}}|(\d)))?)",
@@ -115,6 +119,7 @@ _PLAIN = re.compile(
 )
 
 
+_CURRENCIES = {"$": "dollar", "€": "euro", "£": "£"}
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", re.ASCII)
 
 
@@ -141,17 +146,17 @@ def _number(text: str, depth: int) -> Value | None:
   if "-" in (found[1], found[3]):
     value = -value
   rest, percent = text[found.end() :], False
-  unit = "dollar" if found[2] else ""
+  unit = _CURRENCIES.get(found[2], "")
   if rest.strip() in ("%", "percent", "percentage"):
     rest, percent = "", True
-  if rest.strip() == "$" and not unit:
-    rest, unit = "", "dollar"
+  if rest.strip() in _CURRENCIES and not unit:
+    rest, unit = "", _CURRENCIES[rest.strip()]
   if rest:
     named = unit_of(rest)
     if not named or (unit and named != unit):
       return None
     unit = named
-  number = latex(text[: found.end()].replace("$", ""))
+  number = latex(text[: found.end()].strip("$€£ "))
   return Value("number", text=number, value=value, unit=unit, percent=percent)
 
 
@@ -160,6 +165,8 @@ def _rational(found: re.Match) -> Fraction:
   if a or b:
     fraction = Fraction(int(a or b), int(c or d))
     return fraction + int(found["mixed"] or 0)
+  if found["whole"]:
+    return int(found["whole"]) + Fraction(int(found["part"]), int(found["parts"]))
   if found["over"]:
     over, under = (int(found[k].replace(",", "")) for k in ("over", "under"))
     return Fraction(over, under)

@@ -11,6 +11,7 @@ import importlib.util
 import math
 import numbers
 import pathlib
+import re
 import sys
 
 from r1jax.data.problem import Problem
@@ -18,10 +19,10 @@ from r1jax.errors import UserError
 
 Rule = Callable[[str, Problem], float]
 # Names that stand for something else in the figures of a step or a sample.
-RESERVED = frozenset(
-  "accuracy format language reward reward_model total outcome detail length entropy"
-  " truncated truncation overlong kl kl_in_reward equal_groups loss samples step phase"
-  " waves grad_norm".split()
+RESERVED = re.compile(
+  r"accuracy|format|language|total|detail|entropy|overlong|loss|samples|step|phase|waves"
+  r"|(?:reward|outcome|length|trunc|kl|clip|advantage|groups|equal|ratio|sampler|value"
+  r"|balance|mtp|experts|load|grad|reflection|dropped|surplus)\w*"
 )
 
 
@@ -85,7 +86,7 @@ def checked(function: Callable, name: str) -> Rule:
   Raises:
     UserError: the name is one of RESERVED.
   """
-  if name in RESERVED:
+  if RESERVED.fullmatch(name):
     raise UserError(
       f"a rule must not be called {name!r}: that stands for something else in the"
       " figures. Rename the function."

@@ -2,20 +2,23 @@
 
 On Linux: bubblewrap (own user, pid, mount, network, ipc and uts namespaces, no
 capabilities), a seccomp filter, and resource limits. Inside there is Python, its
-standard library, the C library and a small /tmp; no network, no other file of the host,
-no environment, no way to start a process. A slot has a real uid of its own where we may
-choose one (as root).
+standard library, the system's shared libraries and a small /tmp; no network, no other
+file of the host, no environment, no way to start a process. A slot has a real uid of
+its own where we may choose one (as root).
 
 What it does not protect against: a hole in the kernel; timing and other side channels;
 a program that uses its whole share of processor time and memory, which is why the
 number of slots is yours; and what the tests of a problem do, which run in a sandbox of
-the same kind but are believed. In a container whose first process does not wait for
-orphans (`docker run` without `--init`) bubblewrap leaves a zombie a program.
+the same kind (they may start processes) but are believed. In a container whose first
+process does not wait for orphans (`docker run` without `--init`) bubblewrap leaves a
+zombie a program.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import errno
 import functools
+import math
 import os
 import pathlib
 import shutil
@@ -53,7 +56,7 @@ _KILLED = (
 )
 # What libraries may try: it fails with "not permitted".
 _REFUSED = (
-  *("socket", "connect", "bind", "listen", "accept", "accept4", "fork", "vfork"),
+  *("socket", "connect", "bind", "listen", "accept", "accept4", "vfork"),
   *("memfd_create", "memfd_secret", "personality", "move_pages", "mbind", "seccomp"),
   *("set_mempolicy", "migrate_pages", "syslog", "setpriority", "sched_setscheduler"),
   *("sched_setattr", "pidfd_open", "shmget", "msgget", "semget", "mq_open"),
@@ -98,14 +101,19 @@ class Sandbox:
     until = time.monotonic() + (self.limits.seconds if seconds is None else seconds)
     if not entry_point:
       return self._start(("start", "candidate"), files, {}, slot, until)
+    limits = dataclasses.replace(
+      self.limits, cpu_seconds=math.ceil(self.limits.total_seconds)
+    )
     options = {"entry_point": entry_point}
     pieces = ("start", "literals", "candidate")
-    return self._start(pieces, files, options, slot, until)
+    return self._start(pieces, files, options, slot, until, limits)
 
   def judge(self, *, slot: int = 0) -> Program:
-    """A judge (inside/judge.py), asked again and again: no clock runs on it."""
+    """A judge (inside/judge.py), asked again and again: no clock runs on it, and what
+    it asks may be long."""
     pieces = ("start", "literals", "judge")
-    return self._start(pieces, {"stdin": b""}, {}, slot, float("inf"))
+    limits = dataclasses.replace(self.limits, output_kib=1 << 18)
+    return self._start(pieces, {"stdin": b""}, {}, slot, float("inf"), limits)
 
   def _start(
     self,
@@ -114,15 +122,13 @@ class Sandbox:
     options: dict,
     slot: int,
     until: float,
+    limits: Limits | None = None,
   ) -> Program:
-    limits, bare = self.limits, self.backend == UNSAFE
-    calls = "literals" in pieces
-    pipes = Pipes({**files, **({} if bare else {"filter": _filter()})}, calls=calls)
-    told = {
-      **options,
-      **pipes.given,
-      "limits": _resources(limits, until == float("inf")),
-    }
+    limits, bare = limits or self.limits, self.backend == UNSAFE
+    calls, believed = "literals" in pieces, "judge" in pieces
+    rules = {} if bare else {"filter": _filter(may_fork=believed)}
+    pipes = Pipes({**files, **rules}, calls=calls)
+    told = {**options, **pipes.given, "limits": _resources(limits, believed)}
     source = "\n".join(_piece(name) for name in pieces)
     command = [] if bare else self._confined(slot, pipes.given["filter"])
     try:
@@ -168,19 +174,28 @@ def open_sandbox(backend: str, limits: Limits, python: str = "") -> Sandbox:
     raise SandboxError(
       f"config.reward.sandbox={backend!r} is not one of {', '.join(BACKENDS)} and wasi."
     )
-  usual = "/usr/bin/python3"
-  python = python or (usual if os.path.exists(usual) else sys._base_executable)
-  sandbox = Sandbox(backend, os.path.realpath(python), limits)
   if backend == UNSAFE:
-    return sandbox
+    return Sandbox(backend, os.path.realpath(python or sys.executable), limits)
   missing = _missing()
   if missing:
     raise SandboxError(f"programs need a sandbox, and {missing}. {_ADVICE}")
+  usual = [p for p in ("/usr/bin/python3", sys._base_executable) if os.path.exists(p)]
+  found = ""
+  for path in [python] if python else usual:
+    path = os.path.realpath(path)
+    wrong = _tried(Sandbox(backend, path, Limits()))
+    if not wrong:
+      return Sandbox(backend, path, limits)
+    found = found or wrong
+  raise SandboxError(f"the sandbox does not hold on this machine: {found}. {_ADVICE}")
+
+
+def _tried(sandbox: Sandbox) -> str:
+  """What is wrong with it, or ""."""
   said = sandbox.run(_TRIAL)
   if said.outcome or said.stdout != b"contained\n":
-    what = said.stdout.decode("utf-8", "replace").strip() or said.detail
-    raise SandboxError(f"the sandbox does not hold on this machine: {what}. {_ADVICE}")
-  return sandbox
+    return said.stdout.decode("utf-8", "replace").strip() or said.detail
+  return ""
 
 
 def _missing() -> str:
@@ -199,7 +214,7 @@ def _missing() -> str:
 
 # Prints what it could do and should not have been able to.
 _TRIAL = """
-import os, socket
+import os, socket, sys
 found = []
 def try_to(name, do):
   try:
@@ -214,6 +229,8 @@ try_to("write to /", lambda: open("/written", "w"))
 try_to("see the home folders", lambda: os.listdir("/home"))
 if os.getuid() == 0:
   found.append("be root")
+if sys.version_info < (3, 10):
+  found.append("be an older Python than 3.10")
 if set(os.environ) - {"PATH", "HOME", "PWD", "PYTHONHASHSEED", "LC_CTYPE"}:
   found.append("see the environment")
 print("it can " + ", ".join(found) if found else "contained")
@@ -252,14 +269,17 @@ def _encoded(text: str) -> bytes:
 @functools.cache
 def _bubblewrap(python: str, disk_mib: int) -> tuple[str, ...]:
   """The command up to its filter. Args: a real path, MiB of /tmp."""
-  shown = ["--ro-bind", "/usr/lib", "/usr/lib"]
-  for folder in ("/usr/lib64", "/lib", "/lib64"):
+  shown = ["--ro-bind", python, python]
+  for folder in ("/lib", "/lib64"):
     if os.path.islink(folder):
       shown += ["--symlink", os.readlink(folder), folder]
     elif os.path.isdir(folder):
       shown += ["--ro-bind", folder, folder]
-  prefix = str(pathlib.Path(python).parents[1])
-  shown += ["--ro-bind", *2 * (python if prefix == "/usr" else prefix,)]
+  for folder in _libraries(python):
+    shown += ["--ro-bind", folder, folder]
+    for packages in ("site-packages", "dist-packages"):
+      if os.path.isdir(f"{folder}/{packages}"):
+        shown += ["--tmpfs", f"{folder}/{packages}"]
   devices = []
   for name in ("/dev/null", "/dev/zero", "/dev/urandom"):
     devices += ["--dev-bind", name, name]
@@ -276,8 +296,29 @@ def _bubblewrap(python: str, disk_mib: int) -> tuple[str, ...]:
   )
 
 
+def _libraries(python: str) -> list[str]:
+  """Its standard library, and where its shared libraries lie."""
+  show = (
+    "import sysconfig as s; print(s.get_path('stdlib'), s.get_path('platstdlib'),"
+    " s.get_config_var('MULTIARCH') or '', sep='\\n')"
+  )
+  done = subprocess.run(
+    [python, "-I", "-S", "-c", show], capture_output=True, text=True, cwd="/"
+  )
+  if done.returncode:
+    raise SandboxError(f"{python} does not start: {done.stderr.strip()[-200:]}")
+  standard, platform, multiarch = done.stdout.split("\n")[:3]
+  prefix = str(pathlib.Path(python).parents[1])
+  found = [standard, platform]
+  system = ("/usr/lib64", *([f"/usr/lib/{multiarch}"] if multiarch else []))
+  found += [folder for folder in system if os.path.isdir(folder)]
+  if prefix != "/usr":  # libpython and its kin stand beside its standard library
+    found += [str(path) for path in pathlib.Path(prefix, "lib").glob("*.so*")]
+  return list(dict.fromkeys(found))
+
+
 @functools.cache
-def _filter() -> bytes:
+def _filter(may_fork: bool = False) -> bytes:
   """The seccomp program, for this machine's architecture."""
   import pyseccomp
 
@@ -290,7 +331,9 @@ def _filter() -> bytes:
       except OSError:  # not a call of this architecture, or too new for the library
         continue
   thread = 0x10000  # CLONE_THREAD: threads may start, processes may not
-  rules.add_rule(refuse, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, thread, 0))
+  if not may_fork:
+    rules.add_rule(refuse, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, thread, 0))
+    rules.add_rule(refuse, "fork")
   rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")  # the C library uses clone
   type_into_terminal = 0x5412
   rules.add_rule(refuse, "ioctl", pyseccomp.Arg(1, pyseccomp.EQ, type_into_terminal))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import concurrent.futures
 import dataclasses
 import itertools
+import math
 import os
 import queue
 import re
@@ -19,7 +20,7 @@ import time
 from r1jax.data.problem import Problem
 from r1jax.errors import UserError
 from r1jax.rewards import accuracy, choice, language, reading, wasi
-from r1jax.rewards.code import CodeReward
+from r1jax.rewards.code import CodeReward, tests_error
 from r1jax.rewards.format import format_reward
 from r1jax.rewards.maths import MathsError, MathsWorker
 from r1jax.rewards.program import Limits
@@ -54,6 +55,9 @@ class ScorerConfig:
 
   def __post_init__(self):
     """Raises UserError: what came, the rule and the remedy."""
+    for name in ("accuracy_weight", "format_weight", "language_weight"):
+      if not math.isfinite(getattr(self, name)):
+        raise UserError(f"config.reward.{name}={getattr(self, name)} must be a number.")
     if self.maths not in MATHS:
       raise UserError(
         f"config.reward.maths={self.maths!r} is not one of {', '.join(MATHS)}."
@@ -196,8 +200,8 @@ class Scorer:
         prefill_think=self.config.prefill_think,
         algebra=self._algebra(slot) if slot.maths else None,
       )
-    except (MathsError, OSError) as error:
-      return Verdict("infrastructure", str(error))
+    except Exception as error:  # ours, not the sample's
+      return Verdict("infrastructure", f"{type(error).__name__}: {error}")
 
   def _algebra(self, slot: "_Slot") -> accuracy.Algebra:
     """For one answer: all its expressions together have the worker's seconds."""
@@ -225,7 +229,10 @@ class Scorer:
       raise UserError(f"{error} or set config.reward.maths=exact.") from error
     finally:
       self._slots.put(slot)
-    found = list(self._pool.map(self._gold_error, problems))
+    try:
+      found = list(self._pool.map(self._gold_error, problems))
+    except MathsError as error:
+      raise UserError(f"{error}, while the golds were read.") from error
     bad = [error for error, _ in found if error]
     if bad:
       more = f" (and {len(bad) - 1} more such golds)" if len(bad) > 1 else ""
@@ -234,7 +241,8 @@ class Scorer:
     if odd:
       more = f", and {len(odd) - 1} more such golds" if len(odd) > 1 else ""
       self.notes.append(f"compared as text alone: {odd[0]}{more}.")
-    for problem in problems[:1]:
+    styles = {(p.kind, p.tests and p.tests.style): p for p in problems}
+    for problem in styles.values():
       for text in ("", "<think>I add.</think><answer>7</answer>"):
         self._one(text, problem)
 
@@ -243,6 +251,8 @@ class Scorer:
     where = problem.where or f"the problem {problem.problem[:60]!r}"
     if problem.kind == "text":
       return "", ""
+    if problem.kind == "code":
+      return tests_error(problem.tests, where), ""
     for gold in problem.answers:
       meant = reading.parse(gold)
       if problem.kind == "choice" and choice.letter(gold) is None:
@@ -270,8 +280,8 @@ def _sandbox(c: ScorerConfig) -> Sandbox | Wasi:
 
 def _cores() -> int:
   if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
+    return min(len(os.sched_getaffinity(0)), MAX_SLOTS)
+  return min(os.cpu_count() or 1, MAX_SLOTS)
 
 
 @dataclasses.dataclass

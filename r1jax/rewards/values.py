@@ -28,7 +28,7 @@ class Value:
   """`kind` says which of the rest is set.
 
   number: value, unit, percent · words: text · expression: text ·
-  set, list, union, matrix and brackets such as `(]`: items.
+  set, list, union, matrix and brackets such as `(]`: items · nothing, equal to nothing.
   """
 
   kind: str
@@ -51,6 +51,8 @@ def same(
     algebra: (gold, answer) -> whether two expressions in LaTeX are equal; None: they
       are where their text is.
   """
+  if "nothing" in (gold.kind, answer.kind):
+    return False
   if gold.name and answer.name and gold.name != answer.name:
     return False
   if gold.kind == "words" or answer.kind == "words":

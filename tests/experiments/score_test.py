@@ -284,8 +284,8 @@ def test_a_bad_reward_is_named(file, rules, rewards, words):
   [
     ("--language=tlh", ["'tlh'", "en", "zh"]),
     ("--workers=-1", ["workers=-1"]),
-    ("--maths-seconds=0", ["maths_seconds=0"]),
-    ("--maths-seconds=inf", ["maths_seconds=inf"]),
+    ("--maths-seconds=0", ["maths-seconds=0"]),
+    ("--maths-seconds=inf", ["maths-seconds=inf"]),
   ],
 )
 def test_a_bad_value_is_named(file, flag, words):

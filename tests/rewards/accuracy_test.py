@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from r1jax.rewards.accuracy import accuracy
+from r1jax.rewards.accuracy import accuracy, answered
 from r1jax.rewards.extraction import extract_answer
 
 
@@ -24,6 +24,7 @@ from r1jax.rewards.extraction import extract_answer
     (r"It is \boxed{7}, no, \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
     (r"<think>\boxed{7}</think>", None),
     (r"<think>\boxed{7}</think>\boxed{8}", "8"),
+    ("<think>a</think><think>b<answer>7</answer>", None),
     (r"\boxed{7} <answer>8", None),  # a block that is opened must be closed
     (r"\boxed{}", None),
     ("<think>a<answer>1</answer></think><answer>2</answer>", "2"),
@@ -104,3 +105,70 @@ def test_a_huge_exponent_costs_no_time(said):
   begin = time.monotonic()
   assert accuracy(f"<answer>{said}</answer>", ["7"]) == 0.0
   assert time.monotonic() - begin < 0.1
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    *(
+      r"x \in",
+      "(1, .)",
+      r"\{.\}",
+      "{.}",
+      "[[.]]",
+      r"\pm \cup ",
+      "()",
+      "[,]",
+      ",",
+      "=",
+    ),
+    *("", " ", ".", "$", "$$", "**", "`", r"\(", r"\boxed{}", "{}", "{,}", r"\frac"),
+    *(
+      r"\begin{pmatrix}\end{pmatrix}",
+      "<",
+      "1<",
+      "<1",
+      "1 <x<",
+      "%",
+      "-",
+      "1/0",
+      "0/0",
+    ),
+    *("9" * 401, "(" * 200 + ")" * 200, "{" * 100, r"\left(" * 50, "½", "²", "٣", "１"),
+  ],
+)
+def test_no_answer_is_too_odd_to_be_read(text):
+  """It is read or it is not; it never raises, and it is not 5."""
+  for gold in ("5", text, r"\{1,2\}"):
+    verdict = answered(f"<answer>{text}</answer>", [gold])
+    assert verdict.outcome in ("correct", "wrong", "unparsable")
+  assert answered(f"<answer>{text}</answer>", ["5"]).outcome != "correct"
+
+
+@pytest.mark.parametrize(
+  "said, chosen",
+  [
+    *((t, "B") for t in ("B", "(B)", "b", "B.", "B) 12 m", "B: the ratio is 2")),
+    *((t, "B") for t in ("B) both of them", "B - 12 m", "Option B", "answer: (B)")),
+    *((t, "B") for t in ("**B**", r"\text{B}", r"\boxed{B}", "B. It rises and falls")),
+    *((t, None) for t in ("A or B", "B or A", "AB", "B, C", "not B", "B is wrong", "")),
+    *((t, None) for t in ("B. Or maybe C.", "B. C. D.", "(B) and (C)", "Bad", "12 m")),
+  ],
+)
+def test_a_choice_is_one_letter(said, chosen):
+  verdict = answered(f"<answer>{said}</answer>", ["B"], kind="choice")
+  assert verdict.outcome == ("correct" if chosen else "unparsable")
+  if chosen:
+    verdict = answered(f"<answer>{said}</answer>", ["C"], kind="choice")
+    assert verdict.outcome == "wrong"
+
+
+def test_text_is_compared_but_for_white_space():
+  for said, right in (
+    ("1 2\n3", True),
+    ("1  2 3", True),
+    ("123", False),
+    ("1 2", False),
+  ):
+    verdict = answered(f"<answer>{said}</answer>", ["1 2 3"], kind="text")
+    assert (verdict.outcome == "correct") == right

@@ -10,7 +10,7 @@ import pytest
 
 from r1jax.data import sources
 from r1jax.data.problem import Problem, Tests
-from r1jax.rewards.code import CodeReward, assembled, lines
+from r1jax.rewards.code import CodeReward, assembled, same_output
 from r1jax.rewards.inside import judge, literals
 from r1jax.rewards.program import Limits
 from r1jax.rewards.sandbox import open_sandbox
@@ -120,6 +120,72 @@ def test_a_stop_iteration_does_not_end_the_tests_loop(reward):
     assert reward(fenced(code), problem(tests)).outcome != "correct"
 
 
+def test_one_problems_tests_do_not_reach_anothers(reward):
+  sly = (
+    "import builtins\nbuiltins.abs = lambda x: 0\n"
+    "def check(candidate):\n  assert candidate(1) == 1\n"
+  )
+  near = "def check(candidate):\n  assert abs(candidate(1) - 5) < 1e-6\n"
+  code = fenced("def f(x):\n  return x")
+  for check, outcome in ((sly, "correct"), (near, "wrong")):
+    tests = Tests("check", entry_point="f", preamble="", check=check)
+    assert reward(code, problem(tests)).outcome == outcome
+
+
+@pytest.mark.parametrize(
+  "check",
+  [
+    "def check(candidate):\n  assert numpy.array(candidate(1)) == 1\n",
+    "def other(candidate):\n  pass\n",
+    "import no_such_module\ndef check(candidate):\n  assert candidate(1) == 1\n",
+    "import os\ndef check(candidate):\n  os._exit(3)\n",
+  ],
+)
+def test_an_error_of_the_tests_is_not_the_programs(reward, check):
+  tests = Tests("check", entry_point="f", preamble="", check=check)
+  verdict = reward(fenced("def f(x):\n  return x"), problem(tests))
+  assert verdict.outcome == "infrastructure" and verdict.detail
+
+
+def test_tests_may_name_arguments_and_send_long_ones(reward):
+  check = (
+    "def check(candidate):\n"
+    "  assert candidate(xs=list(range(10**6, 10**6 + 200_000)), n=2) == 200_002\n"
+  )
+  tests = Tests("check", entry_point="f", preamble="", check=check)
+  code = fenced("def f(xs, n):\n  return len(xs) + n")
+  assert reward(code, problem(tests)).outcome == "correct"
+
+
+def test_every_input_has_its_own_seconds():
+  if not shutil.which("bwrap"):
+    pytest.skip("bubblewrap is not installed (apt install)")
+  limits = Limits(seconds=1.0, total_seconds=2.5, cpu_seconds=3)
+  made = CodeReward(open_sandbox("bubblewrap", limits), slot=4)
+  slow = fenced("import time\ntime.sleep(0.6)\nprint(input())")
+  for count, outcome in ((3, "correct"), (8, "timeout")):
+    tests = Tests("stdin", (("1", "1"),) * count)
+    assert made(slow, problem(tests)).outcome == outcome
+  made.close()
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "```python\nprint(1)\n```\nIt prints:\n```\n2\n```",
+    "```python\nprint(1)\n```\n<answer>The program above.</answer>",
+    "<answer>```python\nprint(1)\n```</answer>",
+    "<answer>print(1)</answer>",
+    "```\nprint(1)\n```",
+    '```python\n"""As in ```x```."""\nprint(1)\n```',
+    "```python\nprint(2)\n```\n```python\nprint(1)\n```",
+    "```python\nprint(1)",
+  ],
+)
+def test_the_program_is_found(reward, text):
+  assert reward(text, problem(Tests("stdin", (("", "1"),)))).outcome == "correct"
+
+
 def test_tests_that_expect_an_error_see_it(reward):
   check = (
     "def check(candidate):\n"
@@ -167,14 +233,21 @@ def test_expected_values_never_enter_the_programs_process(reward):
     ("3\n", "3", True),
     ("3  \n4\n\n", "3\n4", True),
     ("3\r\n4", "3\n4", True),
-    (" 3", "3", False),
+    (" 3", "3", True),
     ("3\n\n4", "3\n4", False),
-    ("3.0", "3", False),
+    ("3.0", "3", True),  # by value, as LiveCodeBench
+    ("0.50 a", "0.5 a", True),
+    ("0.51", "0.5", False),
+    ("3 4", "34", False),
+    ("３", "3", False),
+    ("1_0", "10", False),
+    ("1e1", "10", False),
+    ("3", "3\n4", False),
     ("", "", True),
   ],
 )
 def test_printed_text_is_compared_by_lines(said, expected, equal):
-  assert (lines(said) == lines(expected)) == equal
+  assert same_output(said, expected) == equal
 
 
 @pytest.mark.parametrize(

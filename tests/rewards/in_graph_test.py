@@ -117,6 +117,7 @@ HAND = [
   ("<answer>7</answer><think>so</think>", ["7"], 0, 0, 0),
   ("<think>so<answer>7</answer>", ["7"], 0, 0, 0),
   ("<think>so</think><answer>7", ["7"], 0, 0, 0),
+  ("<think>so</think><think>so<answer>7</answer>", ["7"], 0, 0, 0),
   ("<think>so</think>7</answer>", ["7"], 0, 0, 0),
   ("<think>so</think></answer>7<answer>", ["7"], 0, 0, 0),
   ("<think>so</think>7", ["7"], 0, 0, 0),

@@ -15,6 +15,7 @@ import pytest
 
 from r1jax.errors import UserError
 from r1jax.rewards import sandbox as sandboxes
+from r1jax.rewards.inside import literals
 from r1jax.rewards.program import Limits
 from r1jax.rewards.sandbox import SandboxError, open_sandbox
 
@@ -27,6 +28,10 @@ LIMITS = Limits(seconds=3.0, cpu_seconds=2, memory_mib=256, disk_mib=8, output_k
 @pytest.fixture(scope="module")
 def sandbox():
   return open_sandbox("bubblewrap", LIMITS)
+
+
+def call(*args, **kwargs):
+  return literals.dump([list(args), kwargs]).encode() + b"\n"
 
 
 def said(sandbox, program, stdin=""):
@@ -135,6 +140,9 @@ def test_no_two_programs_share_a_uid_or_a_file(sandbox):
     ("print('x' * 10**6)", "forbidden"),  # more than the output's limit
     ("import sys; sys.stderr.write('x' * 10**6)", "forbidden"),
     ("import os; os._exit(0)", ""),
+    ("exit()", ""),
+    ("quit(0)", ""),
+    ("exit(1)", "crash"),
     ("", ""),
   ],
 )
@@ -163,16 +171,16 @@ def test_calls_are_answered_one_by_one(sandbox):
   program = "def f(x):\n  return x * 2 if x else x / 0\n"
   with sandbox.start(program, entry_point="f") as running:
     assert running.ask(b"") == b"ready"
-    assert running.ask(b"[4]\n") == b"8"
-    assert running.ask(b'[[1, "a"]]\n') == b'[1, "a", 1, "a"]'
-    assert running.ask(b"[0]\n").startswith(b'!["ZeroDivisionError"')
-    assert running.ask(b"[0.5]\n") == b"1.0"
+    assert running.ask(call(4)) == b"8"
+    assert running.ask(call([1, "a"])) == b'[1, "a", 1, "a"]'
+    assert running.ask(call(0)).startswith(b'!["ZeroDivisionError"')
+    assert running.ask(call(x=0.5)) == b"1.0"
 
 
 def test_a_long_argument_passes(sandbox):
   with sandbox.start("def f(x):\n  return len(x)\n", entry_point="f") as running:
     running.ask(b"")
-    assert running.ask(b'["%s"]\n' % (b"a" * 10**6)) == b"1000000"
+    assert running.ask(call("a" * 10**6)) == b"1000000"
 
 
 def test_nothing_is_left_when_a_program_is_killed(sandbox):
@@ -284,7 +292,7 @@ def test_a_sandbox_without_its_filter_is_refused(monkeypatch):
     empty.export_bpf(file)
     file.seek(0)
     content = file.read()
-  monkeypatch.setattr(sandboxes, "_filter", lambda: content)
+  monkeypatch.setattr(sandboxes, "_filter", lambda may_fork=False: content)
   with pytest.raises(SandboxError, match=r"does not hold.*start a process"):
     open_sandbox("bubblewrap", LIMITS)
 

@@ -17,6 +17,7 @@ import pytest
 from r1jax.data.problem import Tests
 from r1jax.rewards import wasi
 from r1jax.rewards.code import CodeReward, assembled
+from r1jax.rewards.inside import literals
 from r1jax.rewards.program import Limits
 from r1jax.rewards.sandbox import SandboxError
 
@@ -203,17 +204,21 @@ def test_ordinary_programs_run(sandbox):
   assert said == ["3 5000 50000 900 __main__", "1000001 10000"]
 
 
+def call(*args):
+  return literals.dump([list(args), {}]).encode() + b"\n"
+
+
 def test_calls_are_answered_one_by_one(sandbox):
   program = "def f(x):\n  return x * 2 if x else x / 0\n"
   with sandbox.start(program, entry_point="f") as running:
     assert running.ask(b"") == b"ready"
-    assert running.ask(b"[4]\n") == b"8"
-    assert running.ask(b'[[1, "a"]]\n') == b'[1, "a", 1, "a"]'
-    assert running.ask(b"[0]\n").startswith(b'!["ZeroDivisionError"')
-    assert running.ask(b'["%s"]\n' % (b"a" * 10**4)) == b'"%s"' % (b"a" * 2 * 10**4)
+    assert running.ask(call(4)) == b"8"
+    assert running.ask(call([1, "a"])) == b'[1, "a", 1, "a"]'
+    assert running.ask(call(0)).startswith(b'!["ZeroDivisionError"')
+    assert running.ask(call("a" * 10**4)) == b'"%s"' % (b"a" * 2 * 10**4)
   with sandbox.start("def f(x):\n  return len(x)\n", entry_point="f") as running:
     running.ask(b"")
-    assert running.ask(b'["%s"]\n' % (b"a" * 10**6)) == b"1000000"
+    assert running.ask(call("a" * 10**6)) == b"1000000"
 
 
 def test_the_last_words_of_a_program_arrive(sandbox):
@@ -333,4 +338,4 @@ def test_a_sandbox_with_a_hole_is_refused(monkeypatch):
 
 def test_too_little_memory_is_told():
   with pytest.raises(SandboxError, match="does not hold"):
-    wasi.open_wasi(Limits(memory_mib=16))
+    wasi.open_wasi(Limits(memory_mib=32))

@@ -5,6 +5,7 @@ The status says, before the program has run at all, that it compiles ("C"), and 
 closed when it begins. All that comes later is the program's own word.
 """
 
+import builtins
 import os
 import sys
 import types
@@ -19,7 +20,9 @@ def run(options):
     sys.exit(f"{type(error).__name__}: {error}")
   os.write(options["status"], b"C")
   os.close(options["status"])
-  sys.set_int_max_str_digits(50_000)
+  if hasattr(sys, "set_int_max_str_digits"):
+    sys.set_int_max_str_digits(50_000)
+  builtins.exit = builtins.quit = sys.exit  # as in any program; -S leaves them out
   calls = "requests" in options
   name = "candidate" if calls else "__main__"
   module = types.ModuleType(name)
@@ -40,7 +43,8 @@ def run(options):
   reply("ready")
   for request in requests:
     try:
-      answer = dump(function(*load(request)))  # noqa: F821, of literals.py
+      args, kwargs = load(request)  # noqa: F821, of literals.py
+      answer = dump(function(*args, **kwargs))  # noqa: F821
     except Exception as error:
       answer = "!" + dump([type(error).__name__, str(error)[:200]])  # noqa: F821
     reply(answer)

@@ -31,7 +31,7 @@ def _pack(x):
     return str.__str__(x)
   if isinstance(x, complex):
     return {"complex": [x.real, x.imag]}
-  if isinstance(x, bytes | bytearray):
+  if isinstance(x, (bytes, bytearray)):
     return {"bytes": bytes(x).hex()}
   if isinstance(x, list):
     return [_pack(y) for y in list.__iter__(x)]
