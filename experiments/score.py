@@ -74,7 +74,12 @@ def flags() -> argparse.ArgumentParser:
   add("--maths", default="math-verify", choices=MATHS)
   add("--maths-seconds", type=float, default=2.0, help="of an answer's algebra")
   add("--sandbox", default=SANDBOXES[0], choices=SANDBOXES, help="of programs")
-  add("--code-seconds", type=float, default=6.0, help="of a program on all its tests")
+  add(
+    "--code-seconds",
+    type=float,
+    default=6.0,
+    help="of a program on one input, or of one call",
+  )
   add("--out", default="", help="a file for every sample's rewards")
   add("--json", action="store_true", help="print the result as JSON in the last line")
   return parser
@@ -98,7 +103,9 @@ def score(options: argparse.Namespace) -> dict:
     maths=options.maths,
     maths_seconds=options.maths_seconds,
     sandbox=options.sandbox,
-    limits=Limits(seconds=options.code_seconds),
+    limits=Limits(
+      seconds=options.code_seconds, total_seconds=max(60.0, 10 * options.code_seconds)
+    ),
   )
   may_write(options.out, samples=options.file)
   console = rich.console.Console(stderr=True)

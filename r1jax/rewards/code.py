@@ -11,7 +11,6 @@ printed text is compared line by line, numbers by value; floats of returned valu
 differ by 1e-9; a tuple is as good as a list.
 """
 
-import ast
 from decimal import Decimal
 import json
 import re
@@ -122,17 +121,6 @@ def _stopped(running: Program) -> Verdict:
   """Of a program that ended when it should have answered."""
   ended = running.end()
   return Verdict(ended.outcome or "crash", ended.detail or "it ended before its tests")
-
-
-def tests_error(tests: Tests, where: str) -> str:
-  """What can be seen to be wrong with tests before they run, or ""."""
-  for name, source in (("prompt", tests.preamble), ("test", tests.check)):
-    try:
-      if tests.style == "check":
-        ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-      return f"{where}: its {name} is not Python ({error})"
-  return ""
 
 
 def _job(tests: Tests) -> bytes:

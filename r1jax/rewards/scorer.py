@@ -14,14 +14,14 @@ import itertools
 import math
 import os
 import queue
-import re
 import time
 
 from r1jax.data.problem import Problem
 from r1jax.errors import UserError
-from r1jax.rewards import accuracy, choice, language, reading, wasi
-from r1jax.rewards.code import CodeReward, tests_error
+from r1jax.rewards import accuracy, language, wasi
+from r1jax.rewards.code import CodeReward
 from r1jax.rewards.format import format_reward
+from r1jax.rewards.golds import gold_error, gold_note, place
 from r1jax.rewards.maths import MathsError, MathsWorker
 from r1jax.rewards.program import Limits
 from r1jax.rewards.rules import Rule, checked
@@ -229,42 +229,27 @@ class Scorer:
       raise UserError(f"{error} or set config.reward.maths=exact.") from error
     finally:
       self._slots.put(slot)
-    try:
-      found = list(self._pool.map(self._gold_error, problems))
-    except MathsError as error:
-      raise UserError(f"{error}, while the golds were read.") from error
-    bad = [error for error, _ in found if error]
+    bad = [(p, error) for p in problems if (error := gold_error(p))]
     if bad:
       more = f" (and {len(bad) - 1} more such golds)" if len(bad) > 1 else ""
-      raise UserError(f"{bad[0]}{more}. Mend it or leave the problem out.")
-    odd = [note for _, note in found if note]
+      raise UserError(
+        f"{place(bad[0][0])}: {bad[0][1]}{more}. Mend it or leave the problem out."
+      )
+    try:
+      notes = self._pool.map(lambda p: gold_note(p, self._is_expression), problems)
+      odd = [(p, note) for p, note in zip(problems, notes, strict=True) if note]
+    except MathsError as error:
+      raise UserError(f"{error}, while the golds were read.") from error
     if odd:
       more = f", and {len(odd) - 1} more such golds" if len(odd) > 1 else ""
-      self.notes.append(f"compared as text alone: {odd[0]}{more}.")
+      where, note = place(odd[0][0]), odd[0][1]
+      self.notes.append(f"compared as text alone: {where}: {note}{more}.")
     styles = {(p.kind, p.tests and p.tests.style): p for p in problems}
     for problem in styles.values():
       for text in ("", "<think>I add.</think><answer>7</answer>"):
         self._one(text, problem)
 
-  def _gold_error(self, problem: Problem) -> tuple[str, str]:
-    """(what is wrong with a problem's golds, what is odd), or "" for nothing."""
-    where = problem.where or f"the problem {problem.problem[:60]!r}"
-    if problem.kind == "text":
-      return "", ""
-    if problem.kind == "code":
-      return tests_error(problem.tests, where), ""
-    for gold in problem.answers:
-      meant = reading.parse(gold)
-      if problem.kind == "choice" and choice.letter(gold) is None:
-        return f"{where}: the gold {gold[:60]!r} is not a letter", ""
-      if meant is None:
-        return f"{where}: the gold {gold[:60]!r} cannot be read", ""
-      algebra = meant.kind == "expression" and re.search(r"\w", meant.text)
-      if algebra and not self._is_algebra(meant.text):
-        return "", f"{where}: the gold {gold[:60]!r} is not an expression"
-    return "", ""
-
-  def _is_algebra(self, text: str) -> bool:
+  def _is_expression(self, text: str) -> bool:
     slot = self._slots.get()
     try:
       return not slot.maths or slot.maths.reads(text)
