@@ -15,7 +15,13 @@ from r1jax.rewards.program import Limits
 from r1jax.rewards.sandbox import _FIRST_UID, open_sandbox
 from r1jax.rewards.scorer import Scorer, ScorerConfig
 
-LIMITS = Limits(seconds=3.0, cpu_seconds=2, memory_mib=256, disk_mib=16, output_kib=64)
+LIMITS = Limits(
+  seconds=3.0,
+  total_seconds=3.0,
+  cpu_seconds=2,
+  memory_mib=256,
+  output_kib=64,
+)
 SLOTS = 2
 PREAMBLE = 'def add(a, b):\n  """Adds."""\n'
 CHECK = """def check(candidate):
