@@ -22,7 +22,6 @@ LIMITS = Limits(
   memory_mib=256,
   output_kib=64,
 )
-SLOTS = 2
 PREAMBLE = 'def add(a, b):\n  """Adds."""\n'
 CHECK = """def check(candidate):
   assert candidate(1, 2) == 3
