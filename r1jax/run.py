@@ -150,7 +150,7 @@ def prepare(
   for _, tokens in windows:
     settings.step_config(c, tokens)
   host_reward = None
-  needs_host = sorted({p.kind for p in (*world.train, *kept)} - {"answer"})
+  needs_host = sorted({p.kind for p in (*world.train, *kept)} - {"answer", "text"})
   if c.reward.host:
     progress.say("reward: trying the golds, the rules and what they need")
     scorer = Scorer(

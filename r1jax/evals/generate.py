@@ -71,7 +71,7 @@ def summarise(
   if scorer:
     verdicts = scorer.verdicts(pairs)
   else:
-    verdicts = [answered(text, problem.answers, **how) for text, problem in pairs]
+    verdicts = [answered(text, p.answers, kind=p.kind, **how) for text, p in pairs]
   shape = len(samples.problems), -1
   correct = np.array([v.outcome == "correct" for v in verdicts]).reshape(shape)
   flat = [text for text, _ in pairs]

@@ -30,7 +30,7 @@ def load_rules(spec: str) -> dict[str, tuple[float, Rule]]:
   """Reads `FILE.py:function=weight`, several of them between commas.
 
   Returns:
-    name -> (weight, function).
+    name -> (weight, function, as it stands in the file; the scorer checks it).
 
   Raises:
     UserError: what cannot be read, and why.
@@ -50,7 +50,7 @@ def load_rules(spec: str) -> dict[str, tuple[float, Rule]]:
       )
     if name in rules:
       raise UserError(f"two rules are called {name!r}; rename one of them.")
-    rules[name] = value, checked(_load(pathlib.Path(path), name), name)
+    rules[name] = value, _load(pathlib.Path(path), name)
   return rules
 
 

@@ -27,7 +27,7 @@ MAX_ITEMS = 64  # of a list
 class Value:
   """`kind` says which of the rest is set.
 
-  number: value, unit, percent · words: text · expression: text ·
+  number: value, unit, percent, text · words: text · expression: text, unit ·
   set, list, union, matrix and brackets such as `(]`: items · nothing, equal to nothing.
   """
 
@@ -82,7 +82,7 @@ def same(
 def comparable(gold: Value, answer: Value) -> bool:
   """Whether algebra may be asked: an answer that hedges or relates is not an
   expression, unless the gold is of that form too."""
-  said, asked = _relations(answer.text), _relations(gold.text)
+  said, asked = _RELATION.findall(answer.text), _RELATION.findall(gold.text)
   letters = _symbols(gold.text) | _symbols(answer.text)
   if len({s.lower() for s in letters}) < len(letters):
     return False  # A and a: the library would take them for one
@@ -125,14 +125,13 @@ def _same_set(gold, answer, algebra) -> bool:
 
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # all but between digits
 _RELATION = re.compile(r"\\(?:le|ge|ne|approx|in|sim|equiv|pm)(?![a-zA-Z])|[<>=?]")
-# Two letters in a row that no command begins: a sentence, not an expression.
+# Three letters in a row that are no command: a sentence, not an expression.
 _PROSE = re.compile(
   r"(?<![\\a-zA-Z])(?!(?:sqrt|sin|cos|tan|log|ln|exp|pi)\b)[a-zA-Z]{3,}"
 )
 
 
-# Letters that stand for quantities: not those of commands, words in braces after them,
-# or names of functions.
+# Letters that stand for quantities: not those of commands or of functions' names.
 _SYMBOL = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]")
 _NOT_SYMBOLS = re.compile(
   r"\\(?:frac|sqrt|cdot|times|div|binom|text|mathrm|operatorname|left|right|sin|cos|tan"
@@ -146,7 +145,3 @@ _NOT_SYMBOLS = re.compile(
 def _symbols(text: str) -> frozenset[str]:
   """The variables, constants and Greek letters of an expression."""
   return frozenset(_SYMBOL.findall(_NOT_SYMBOLS.sub(" ", text)))
-
-
-def _relations(text: str) -> list[str]:
-  return _RELATION.findall(text)

@@ -84,3 +84,11 @@ def test_the_format_follows_the_prompt(prefill, rate):
 def test_summarise_refuses_texts_of_other_problems():
   with pytest.raises(ValueError):
     summarise(samples([["x"]], [["7"], ["8"]], [[1]], [[True]]), prefill_think=False)
+
+
+def test_a_text_is_evaluated_as_a_text():
+  """As a list, `b, a` would be `a, b`."""
+  problem = Problem("sort", ("a, b",), kind="text")
+  texts = [[f"<think>t</think><answer>{x}</answer>" for x in ("a, b", "b, a")]]
+  samples = Samples([problem], texts, np.ones((1, 2)), np.ones((1, 2), bool))
+  assert summarise(samples, prefill_think=False)["pass_at_1"] == 0.5

@@ -12,7 +12,10 @@ in the output tells that the kernel let a call through, which need not be an esc
 Programs that look for secrets return what they found.
 """
 
+import pathlib
 import textwrap
+
+ROOT = str(pathlib.Path(__file__).parents[2])  # where the code under attack lies
 
 WRONG = """
 
@@ -710,7 +713,7 @@ for _ in range(2000):
       f"open('{folder}/pwned_r1jax', 'w').write('x')"
       for folder in (
         *("", "/etc", "/usr", "/usr/lib", "/usr/bin", "/bin", "/lib", "/home", "/root"),
-        *("/work", "/work/main", "/work/main/r1jax", "/var/tmp", "/dev", "/dev/shm"),
+        *(ROOT, f"{ROOT}/r1jax", f"{ROOT}/..", "/var/tmp", "/dev", "/dev/shm"),
         *("/run", "/opt", "/srv", "/mnt", "/proc", "/sys", "/sys/fs/cgroup", ".", ".."),
         *("/tmp/..", "/proc/self/root", "/proc/self/cwd", "/proc/1/root/tmp"),
       )
@@ -782,18 +785,18 @@ LEAKS = {
         *("/etc/machine-id", "/etc/fstab", "/etc/ssh/sshd_config", "/etc/os-release"),
         *("/tmp/../../../../etc/passwd", "/proc/self/root/etc/passwd"),
         *("/proc/1/root/etc/passwd", "/proc/self/cwd/../etc/passwd", "//etc//passwd"),
-        *("/proc/1/root/work/main/setup.py", "/proc/kallsyms", "/proc/kcore"),
+        *(f"/proc/1/root{ROOT}/setup.py", "/proc/kallsyms", "/proc/kcore"),
       )
     )
   ),
   "home_folders": _leaks(
     *(
       f"os.listdir('{path}')"
-      for path in ("/root", "/work", "/work/main", "/home", "/mnt", "/var", "/run")
+      for path in ("/root", ROOT, f"{ROOT}/..", "/home", "/mnt", "/var", "/run")
     ),
     *("glob.glob('/root/.*')", "glob.glob('/home/*/.*')", "glob.glob('/tmp/*')"),
-    "[open(p).read() for p in glob.glob('/work/main/tests/rewards/*.py')]",
-    "[open(p).read() for p in glob.glob('/work/main/r1jax/rewards/*.py')]",
+    f"[open(p).read() for p in glob.glob('{ROOT}/tests/rewards/*.py')]",
+    f"[open(p).read() for p in glob.glob('{ROOT}/r1jax/rewards/*.py')]",
     "os.getcwd(), os.listdir('.'), os.listdir('..')",
   ),
   "environment": _leaks(
@@ -1632,7 +1635,7 @@ print(3)
 """,
   "looks_for_the_outputs": """
 import glob
-for pattern in ("/tmp/**", "./**", "/work/**", "/**/*.out", "/**/expected*"):
+for pattern in ("/tmp/**", "./**", "/home/**", "/**/*.out", "/**/expected*"):
   for path in glob.glob(pattern, recursive=pattern[1] != "*")[:50]:
     try:
       print(open(path).read(100))
