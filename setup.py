@@ -31,6 +31,7 @@ setup(
     "ml_collections>=1.1",
     "absl-py>=2.3",
     "numpy>=2.0",
+    "scipy>=1.13",
     "rich>=14",
     "matplotlib>=3.9",
   ],

@@ -115,33 +115,53 @@ def launch(
     workdir: the run's folder; "": under runs/.
     started: `time.monotonic()` of the process's first line.
   """
-  from r1jax import loop, settings
+  path = folder_of(name, get_config, config, workdir)
+  if config.seeds > 1:
+    folders = over_seeds(f"experiments.{name}", config, path)
+    texts = [(folder / "summary.json").read_text() for folder in folders]
+    table = seeds_table([json.loads(text) for text in texts])
+    (path / "seeds.md").write_text(table)
+    print(table)
+    return
+  from r1jax import loop
+  from r1jax.progress import Clock
+
+  use_compilation_cache(config.compilation_cache)
+  loop.run(config, path, Clock(started))
+
+
+def folder_of(
+  name: str,
+  get_config: Callable[[str], ConfigDict],
+  config: ConfigDict,
+  workdir: str,
+) -> pathlib.Path:
+  """The workdir that was given, or one under runs/ that tells configs and seeds apart.
+
+  Arguments as `launch`.
+  """
+  from r1jax import settings
 
   preset = get_config(config.preset)
   changed = settings.differences(settings.plain(preset), settings.plain(config))
   kind = settings.sha256(config)[:8] if any("seed:" not in c for c in changed) else ""
-  folder = "-".join(filter(None, [name, config.preset, kind]))
-  if config.seeds > 1:
-    path = pathlib.Path(workdir or f"runs/{folder}-seeds").resolve()
-    over_seeds(f"experiments.{name}", config, path)
-    return
-  from r1jax.progress import Clock
-
-  use_compilation_cache(config.compilation_cache)
-  path = pathlib.Path(workdir or f"runs/{folder}-seed{config.seed}").resolve()
-  loop.run(config, path, Clock(started))
+  end = "seeds" if config.seeds > 1 else f"seed{config.seed}"
+  folder = "-".join(filter(None, [name, config.preset, kind, end]))
+  return pathlib.Path(workdir or f"runs/{folder}").resolve()
 
 
-def over_seeds(module: str, config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Runs config.seeds consecutive seeds, one process each, and prints their table.
+def over_seeds(
+  module: str, config: ConfigDict, workdir: pathlib.Path
+) -> list[pathlib.Path]:
+  """Runs config.seeds consecutive seeds, one process each, and returns their folders.
 
-  The table is also written to `seeds.md` in the workdir. A stopped sweep goes on where
-  it was: a run that has ended only shows its result, and refuses another config.
+  A stopped sweep goes on where it was: a run that has ended only shows its result, and
+  refuses another config.
   """
   arguments = [
     a for a in sys.argv[1:] if not re.match(r"--?(config\.seeds?|workdir)=", a)
   ]
-  summaries = []
+  folders = []
   for seed in range(config.seed, config.seed + config.seeds):
     folder = workdir / f"seed_{seed}"
     command = [sys.executable, "-m", module, *arguments]
@@ -150,10 +170,8 @@ def over_seeds(module: str, config: ConfigDict, workdir: pathlib.Path) -> None:
     if code:
       print(f"seed {seed} ended with exit code {code}", file=sys.stderr)
       sys.exit(code if code > 0 else 1)
-    summaries.append(json.loads((folder / "summary.json").read_text()))
-  table = seeds_table(summaries)
-  (workdir / "seeds.md").write_text(table)
-  print(table)
+    folders.append(folder)
+  return folders
 
 
 def seeds_table(summaries: list[dict]) -> str:

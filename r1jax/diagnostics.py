@@ -1,6 +1,6 @@
 """What a researcher looks at after every step: extremes, percentiles, single tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flax import struct
 import jax
@@ -86,8 +86,37 @@ def alarms(figures: dict[str, float], thresholds: Mapping[str, float]) -> list[s
     f"{figures[f'outcome_{name}']:.1%} of the samples ended in {name!r}, more than"
     f" config.reward.alarm.{name}={share}"
     for name, share in thresholds.items()
-    if figures[f"outcome_{name}"] > share
+    if name != "hacking" and figures[f"outcome_{name}"] > share
   ]
+
+
+def hacked(train: Sequence[dict], evals: Sequence[dict], drop: float) -> str:
+  """A sentence where the preference reward rises and the rules' score falls: the policy
+  pleases the reward model and not people (R1, section 3.2.2 and Fig. 6). Else "".
+
+  Args:
+    train: metrics of RL steps; those with a reward model's part count.
+    evals: evaluations by rules, with pass_at_1, in their order.
+    drop: of pass@1 since the last evaluation before the first such step.
+  """
+  asked = [row for row in train if row.get("reward_model")]
+  before = [row for row in evals if asked and row["step"] < asked[0]["step"]]
+  if len(asked) < 4 or not before or evals[-1] is before[-1]:
+    return ""
+  half = len(asked) // 2
+  first, last = (
+    sum(row["reward_model"] for row in rows) / len(rows)
+    for rows in (asked[:half], asked[half:])
+  )
+  lost = before[-1]["pass_at_1"] - evals[-1]["pass_at_1"]
+  if last <= first or lost <= drop:
+    return ""
+  return (
+    f"reward hacking? The preference reward rose from {first:.3f} to {last:.3f} and"
+    f" pass@1 on held-out problems fell by {lost:.3f}, more than"
+    f" config.reward.alarm.hacking={drop}. Shorten the window with preference rewards,"
+    " or lower their weight."
+  )
 
 
 def over_updates(per_update: dict) -> dict:

@@ -48,7 +48,7 @@ def figures(rollout: Rollout, rewards: Rewards) -> dict[str, jax.Array]:
       outcomes[f"outcome_{name}"] = (rewards.outcome == i).mean(dtype=jnp.float32)
   return {
     "reward": rewards.mean(rewards.total),
-    **{name: rewards.mean(part) for name, part in rewards.parts.items()},
+    **{name: rewards.mean(part, name) for name, part in rewards.parts.items()},
     **outcomes,
     "length": rollout.lengths.mean(dtype=jnp.float32),
     "entropy": rollout.entropy.sum() / rollout.mask.sum(),

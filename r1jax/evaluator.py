@@ -79,9 +79,12 @@ class Evaluator:
       samples = generate.Samples(
         this.held_out_problems, texts, said.lengths, said.ended
       )
-      prefill = this.config.data.prefill_think
+      how = dict(
+        prefill_think=this.config.data.prefill_think,
+        format_style=this.config.reward.format_style,
+      )
       scorer = this.host_reward.scorer if this.host_reward else None
-      figures = generate.summarise(samples, prefill_think=prefill, scorer=scorer)
+      figures = generate.summarise(samples, scorer=scorer, **how)
       # k1: the mean of log pi - log base over tokens that pi sampled.
       figures["kl_to_base"] = float(gap[said.mask].mean())
     this.metrics.write({"phase": "eval", "step": step, **figures})

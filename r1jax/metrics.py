@@ -39,9 +39,11 @@ class MetricsFile:
     """Drops rows that a resumed run will write again.
 
     Args:
-      last_steps: phase -> the last step that counts; a phase not named keeps none.
+      last_steps: phase -> the last step that counts; a phase not named keeps all.
     """
-    kept = [r for r in self.rows() if r["step"] <= last_steps.get(r["phase"], -1)]
+    kept = [
+      r for r in self.rows() if r["step"] <= last_steps.get(r["phase"], r["step"])
+    ]
     _replace(self.path, (json.dumps(r) for r in kept))
 
 

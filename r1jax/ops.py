@@ -16,18 +16,31 @@ def attention(
 
   Args:
     q: [B, T, H, d].
-    k: [B, S, H, d].
-    v: [B, S, H, dv].
+    k: [B, S, Hk, d]; each key head serves H / Hk consecutive query heads.
+    v: [B, S, Hk, dv].
     mask: [B, T, S] bool, True where a query may look.
     scale: of the scores.
 
   Returns:
     [B, T, H, dv] in v's dtype.
   """
+  if q.shape[2] > k.shape[2]:
+    return _grouped_attention(q, k, v, mask, scale=scale)
   scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
   scores = jnp.where(mask[:, None], scores * scale, MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+
+def _grouped_attention(q, k, v, mask, *, scale):
+  """The n query heads of a key head as n times as many queries: no key is repeated."""
+  b, t, heads, d = q.shape
+  n = heads // k.shape[2]
+  q = q.reshape(b, t, -1, n, d).transpose(0, 3, 1, 2, 4).reshape(b, n * t, -1, d)
+  mask = jnp.broadcast_to(mask[:, None], (b, n, *mask.shape[1:]))
+  out = attention(q, k, v, mask.reshape(b, n * t, -1), scale=scale)
+  out = out.reshape(b, n, t, -1, v.shape[-1]).transpose(0, 2, 3, 1, 4)
+  return out.reshape(b, t, heads, -1)
 
 
 def latent_decode(
@@ -63,6 +76,46 @@ def latent_decode(
   return jnp.einsum("bghp,bpl->bghl", weights[..., :length], prefix) + jnp.einsum(
     "bghs,bgsl->bghl", weights[..., length:], suffix
   )
+
+
+def gqa_decode(
+  q: jax.Array,
+  prefix: jax.Array,
+  prefix_mask: jax.Array,
+  suffix: jax.Array,
+  slot: jax.Array,
+  *,
+  scale: float,
+) -> jax.Array:
+  """One token of grouped-query attention over a shared prefix and each row's suffix.
+
+  Args:
+    q: [B, G, H, K].
+    prefix: [B, P, 2, Hk, K] keys and values of the prompt, one for the G rows of a
+      group; each key head serves H / Hk consecutive query heads.
+    prefix_mask: [B, P] bool.
+    suffix: [B, G, S, 2, Hk, K] of the rows' own tokens; slots after `slot` are not
+      written yet.
+    slot: [] int32, the slot of the present token.
+    scale: of the scores.
+
+  Returns:
+    [B, G, H, K].
+  """
+  b, g, heads, k = q.shape
+  length, kv_heads = prefix.shape[1], prefix.shape[3]
+  q = q.reshape(b, g, kv_heads, -1, k)
+  f32 = dict(preferred_element_type=jnp.float32)
+  before = jnp.einsum("bghnk,bphk->bghnp", q, prefix[:, :, 0], **f32)
+  own = jnp.einsum("bghnk,bgshk->bghns", q, suffix[:, :, :, 0], **f32)
+  before = jnp.where(prefix_mask[:, None, None, None], before * scale, MASKED)
+  written = jnp.arange(suffix.shape[2]) <= slot
+  own = jnp.where(written[None, None, None, None], own * scale, MASKED)
+  weights = jax.nn.softmax(jnp.concatenate([before, own], axis=-1), axis=-1)
+  weights = weights.astype(suffix.dtype)
+  out = jnp.einsum("bghnp,bphk->bghnk", weights[..., :length], prefix[:, :, 1])
+  out += jnp.einsum("bghns,bgshk->bghnk", weights[..., length:], suffix[:, :, :, 1])
+  return out.reshape(b, g, heads, k)
 
 
 def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """What stays fixed over a run: its workdir, problems, tokenizer, policy and mesh."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import numpy as np
 from r1jax import settings, sharding, train_state
 from r1jax.data import corpus
 from r1jax.data import world as worlds
+from r1jax.data.problem import Problem
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
 from r1jax.host_reward import HostReward
@@ -22,8 +24,11 @@ from r1jax.models.policy import Policy
 from r1jax.optimizer import make_optimizer
 from r1jax.progress import Clock, Progress
 from r1jax.prompts import PromptBatch
+from r1jax.rewards import in_graph
+from r1jax.rewards.in_graph import Rewards
 from r1jax.rewards.rules import load_rules, rule_files
 from r1jax.rewards.scorer import Scorer
+from r1jax.rollout import Rollout
 
 
 @dataclasses.dataclass
@@ -47,6 +52,9 @@ class Run:
   page: int  # tokens of the longest page of a sample
   windows: list[tuple[int, int]]  # (first update, output tokens)
   host_reward: HostReward | None  # None: rewards are read in the graph
+  # (PromptBatch, Rollout) -> Rewards; with judges=, if there are some
+  reward: Callable[..., Rewards]
+  judges: Any = None  # the weights of reward models
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
@@ -185,6 +193,33 @@ def prepare(
     page=2 + longest(texts),  # BOS and EOS
     windows=windows,
     host_reward=host_reward,
+    reward=host_reward or rule_reward(config, tokenizer, world.train),
+  )
+
+
+def rule_reward(
+  config: ConfigDict, tokenizer: Tokenizer, asked: list[Problem]
+) -> Callable[[PromptBatch, Rollout], Rewards]:
+  """The config's rewards, read from tokens.
+
+  Args:
+    config: its `reward` and `data`.
+    tokenizer: of the policy.
+    asked: the problems that RL asks, in the order of their ids.
+  """
+  r, languages = config.reward, {}
+  if r.language_weight:
+    names = sorted({p.language or r.language for p in asked})
+    table = in_graph.LanguageTable.of(tokenizer, names)
+    targets = np.array([names.index(p.language or r.language) for p in asked])
+    languages = dict(table=table, targets=targets, language_weight=r.language_weight)
+  return in_graph.rule_reward(
+    in_graph.TagTable.of(tokenizer),
+    prefill_think=config.data.prefill_think,
+    accuracy_weight=r.accuracy_weight,
+    format_weight=r.format_weight,
+    format_style=r.format_style,
+    **languages,
   )
 
 

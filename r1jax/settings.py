@@ -17,6 +17,7 @@ from r1jax.rewards.program import Limits
 from r1jax.rewards.rules import load_rules
 from r1jax.rewards.scorer import ScorerConfig
 from r1jax.rewards.verdict import OUTCOMES
+from r1jax.sft import TuningConfig
 
 # Keys that change neither the weights nor the figures of a run.
 FREE = ("seeds", "compilation_cache")
@@ -78,7 +79,8 @@ def scorer_config(config: ConfigDict) -> ScorerConfig:
     cpu_seconds=r.code_cpu_seconds,
     memory_mib=r.code_memory_mib,
   )
-  same = ("accuracy_weight", "format_weight", "language_weight", "language")
+  same = ("accuracy_weight", "format_weight", "format_style", "language_weight")
+  same += ("language",)
   same += ("language_detector", "workers", "maths", "maths_seconds", "sandbox")
   return ScorerConfig(
     **{key: r[key] for key in same},
@@ -119,9 +121,9 @@ def value_optimizer_config(config: ConfigDict) -> OptimizerConfig:
   return dataclasses.replace(optimizer_config(config), learning_rate=rate)
 
 
-def pretrain_optimizer_config(config: ConfigDict) -> OptimizerConfig:
+def pretrain_config(config: ConfigDict) -> TuningConfig:
   p = config.pretrain
-  return OptimizerConfig(
+  optimizer = OptimizerConfig(
     learning_rate=p.learning_rate,
     steps=p.steps,
     warmup_steps=p.warmup_steps,
@@ -130,6 +132,8 @@ def pretrain_optimizer_config(config: ConfigDict) -> OptimizerConfig:
     b2=p.b2,
     weight_decay=p.weight_decay,
   )
+  same = ("rows", "micro_batches", "router_bias_rate", "mtp_coef")
+  return TuningConfig(optimizer, **{key: p[key] for key in same})
 
 
 def windows(config: ConfigDict, longest_page: int) -> list[tuple[int, int]]:
@@ -308,16 +312,19 @@ def reward_rules(c: ConfigDict) -> list[tuple[bool, str]]:
       f"data.source={c.data.source!r} needs data.problems: the file, or the task",
     ),
     (
-      r.host or not (r.rules or r.language_weight),
-      f"reward.rules={r.rules!r} and reward.language_weight={r.language_weight} are"
-      " read from text: set reward.host=True",
+      r.host or not (r.rules or r.language_detector),
+      f"reward.rules={r.rules!r} and reward.language_detector={r.language_detector}"
+      " need text: set reward.host=True",
     ),
     *(
       (0 <= share <= 1, f"reward.alarm.{name}={share} is a share: 0 to 1")
       for name, share in r.alarm.items()
     ),
     *(
-      (name in OUTCOMES, f"reward.alarm.{name}: an outcome is one of {OUTCOMES}")
+      (
+        name in (*OUTCOMES, "hacking"),
+        f"reward.alarm.{name}: an outcome is one of {OUTCOMES}",
+      )
       for name in r.alarm
     ),
   ]

@@ -4,6 +4,8 @@ A batch holds packed rows; `targets` names the tokens that are learned (all of a
 pre-training, the completion alone in SFT).
 """
 
+import dataclasses
+
 from flax import struct
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,19 @@ import optax
 from r1jax.models import moe
 from r1jax.models.mla import Sequence
 from r1jax.models.policy import Policy, token_logprobs
-from r1jax.optimizer import accumulate, descend
+from r1jax.optimizer import OptimizerConfig, accumulate, descend
 from r1jax.train_state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+  """How rows are learned."""
+
+  optimizer: OptimizerConfig  # its steps are the updates
+  rows: int  # packed rows an update
+  micro_batches: int = 1
+  router_bias_rate: float = 0.0
+  mtp_coef: float = 0.0
 
 
 @struct.dataclass

@@ -24,6 +24,7 @@ RULES = (
   ("embed", "fsdp"),
   ("vocab", "tensor"),
   ("heads", "tensor"),
+  ("kv_heads", "tensor"),
   ("ffn", "tensor"),
   ("experts", "expert"),
   ("latent", None),

@@ -18,12 +18,16 @@ RANKS = [
     "r1jax.prompts r1jax.rollout r1jax.dynamic_sampling r1jax.experience"
     " r1jax.advantages",
     "r1jax.policy_loss r1jax.moe_losses r1jax.diagnostics",
-    "r1jax.grpo r1jax.segments r1jax.ppo r1jax.sft r1jax.presets r1jax.host_reward",
+    "r1jax.grpo r1jax.segments r1jax.ppo r1jax.sft r1jax.presets r1jax.host_reward"
+    " r1jax.reward_model",
+    "r1jax.distillation",
     "r1jax.data r1jax.settings r1jax.checkpoint r1jax.metrics r1jax.report"
     " r1jax.progress r1jax.token_report",
     "r1jax.evals r1jax.run",
     "r1jax.evaluator",
+    "r1jax.fine_tuning r1jax.reinforcement",
     "r1jax.loop",
+    "r1jax.pipeline",
     "experiments",
   )
 ]

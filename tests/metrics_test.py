@@ -56,8 +56,8 @@ def test_roll_back_drops_what_will_be_written_again(file):
     file.write(row(phase, step))
   file.roll_back({"pretrain": 10, "rl": 2, "eval": 2})
   assert file.rows() == [row("pretrain", 10), row("eval", 0), row("rl", 2)]
-  file.roll_back({"pretrain": 10, "eval": -1})  # a phase not named keeps none
-  assert file.rows() == [row("pretrain", 10)]
+  file.roll_back({"eval": -1})  # a phase not named keeps all
+  assert file.rows() == [row("pretrain", 10), row("rl", 2)]
 
 
 def test_roll_back_leaves_no_second_file_behind(file, tmp_path):

@@ -220,7 +220,7 @@ def test_rooms_get_the_configs_values():
   assert (g.max_tokens, g.objective.clip_high, g.group_size) == (17, 0.3, 16)
   o = settings.optimizer_config(config)
   assert (o.learning_rate, o.steps) == (5e-5, 40)
-  p = settings.pretrain_optimizer_config(config)
+  p = settings.pretrain_config(config).optimizer
   assert (p.steps, p.learning_rate) == (config.pretrain.steps, 4e-3)
   assert settings.policy_config(config, vocab=300) == tiny(300)
 

@@ -55,6 +55,8 @@ def tiny() -> ConfigDict:
   c.chain.zero = False  # whether 0 is among the numbers
   c.puzzle = ConfigDict()  # difficulty of `puzzle` (r1jax/data/puzzle.py)
   c.puzzle.numbers = 3  # digits, with an operator to find between each two
+  c.assistant = ConfigDict()  # difficulty of `assistant` (r1jax/data/assistant.py)
+  c.assistant.mixed = 0.5  # of the words in a careful page of the second language
   c.counts = ConfigDict()  # problems to generate on each side
   c.counts.pretrain = 3000  # what pages are about
   c.counts.train = 2000  # what RL asks
@@ -92,6 +94,7 @@ def tiny() -> ConfigDict:
   c.pretrain.mix.guess = 0.62  # a guess in tags
   c.pretrain.mix.working = 0.01  # steps, a quarter of them wrong
   c.pretrain.mix.checked = 0.17  # steps, nine in ten written again after "wait"
+  c.pretrain.mix.request = 0.0  # replies to requests, of the task `assistant`
 
   # -- the policy
   c.model = ConfigDict()
@@ -99,7 +102,7 @@ def tiny() -> ConfigDict:
   # One of the preset's sizes can be set here; None keeps it.
   for size in ("width", "layers", "dense_layers", "heads", "kv_latent", "experts"):
     c.model[size] = placeholder(int)
-  for size in ("active_experts", "mtp_depth"):
+  for size in ("active_experts", "mtp_depth", "kv_heads", "head_dim"):
     c.model[size] = placeholder(int)
   c.model.moe = placeholder(str)  # "dense": every expert on every token; "ragged"
 
@@ -138,6 +141,7 @@ def tiny() -> ConfigDict:
   c.reward.accuracy_weight = 1.0
   c.reward.format_weight = 0.5  # Differs: 1 in the paper; a base that only guesses
   # would learn the format alone before it finds the working
+  c.reward.format_style = "tags"  # or "chat": thinking, then a reply in any form
   c.reward.host = False  # False: read from tokens, in the graph; True: from text, by
   # the host's rules; the keys below need it
   c.reward.language_weight = (
@@ -161,6 +165,7 @@ def tiny() -> ConfigDict:
   c.reward.alarm.timeout = 0.2
   c.reward.alarm.memory = 0.2
   c.reward.alarm.forbidden = 0.05
+  c.reward.alarm.hacking = 0.02  # pass@1 lost while a reward model's rewards rise
 
   # -- evaluation and files
   c.eval = ConfigDict()

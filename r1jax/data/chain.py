@@ -44,6 +44,9 @@ class Chain:
       text += f" {op} {number}"
     return Problem(text, (str(value),))
 
+  def identity(self, problem: Problem) -> str:
+    return problem.problem
+
   def fact(self, rng: random.Random) -> str:
     """One true step, from any running total."""
     left = rng.randint(self.low, self.high)

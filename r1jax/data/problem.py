@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 KINDS = ("answer", "text", "choice", "code")
+# What judges a reply: rules, or the reward model of its set (R1, section 3.1).
+DOMAINS = ("reasoning", "helpful", "safety")
 STYLES = ("stdin", "call", "check")
 
 
@@ -33,4 +35,6 @@ class Problem:
   # One of KINDS: what it says is compared, or its text, or a letter; or it is run.
   kind: str = "answer"
   tests: Tests | None = None  # code alone
+  language: str = ""  # that it is asked in, a code such as "en"; "": not said
+  domain: str = "reasoning"  # one of DOMAINS
   where: str = dataclasses.field(default="", compare=False)  # FILE:line

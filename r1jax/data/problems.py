@@ -19,6 +19,8 @@ class Task(Protocol):
 
   def problem(self, rng: random.Random) -> Problem: ...
 
+  def identity(self, problem: Problem) -> str: ...  # of one identity: on one side
+
   def fact(self, rng: random.Random) -> str: ...
 
   def is_fact(self, text: str) -> bool: ...
@@ -46,7 +48,7 @@ def squeeze(text: str) -> str:
 
 
 def generate(task: Task, *, pretrain: int, train: int, held_out: int) -> Split:
-  """Draws distinct problems until each side is full; the bucket of its text puts a
+  """Draws distinct problems until each side is full; the bucket of its identity puts a
   problem on its side, whatever the seed, so that no two runs ever mix them.
 
   Raises:
@@ -65,11 +67,21 @@ def generate(task: Task, *, pretrain: int, train: int, held_out: int) -> Split:
         " harder (more terms or higher numbers) or lower config.counts."
       )
     p = task.problem(rng)
-    b = bucket(p.problem)
+    b = bucket(task.identity(p))
     side = "held_out" if b < 0.1 else "train" if b < 0.5 else "pretrain"
     if len(sides[side]) < wanted[side]:
       sides[side].setdefault(p.problem, p)
   return Split(**{s: list(p.values()) for s, p in sides.items()})
+
+
+def split_requests(task: Task, rows: list[Problem]) -> Split:
+  """A quarter of them held out, a half to train on, the rest for pages."""
+  sides = {"held_out": [], "train": [], "pretrain": []}
+  for problem in rows:
+    b = bucket(task.identity(problem))
+    side = "held_out" if b < 0.25 else "train" if b < 0.75 else "pretrain"
+    sides[side].append(problem)
+  return Split(**sides)
 
 
 def split_file(problems: list[Problem], *, held_out: float) -> tuple[list, list]:

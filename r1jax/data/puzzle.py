@@ -36,6 +36,9 @@ class Puzzle:
     text = " ? ".join(map(str, digits)) + f" = {target}"
     return Problem(text, solutions(digits, target))
 
+  def identity(self, problem: Problem) -> str:
+    return problem.problem
+
   def fact(self, rng: random.Random) -> str:
     """One true step, or one true comparison."""
     a, b = rng.randint(0, 9), rng.randint(1, 9)

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 import dataclasses
 import json
+import random
 
 import numpy as np
 
 from r1jax import prompts
 from r1jax.data import gym, problems, sources
+from r1jax.data.assistant import Assistant
 from r1jax.data.chain import Chain
 from r1jax.data.problem import Problem
 from r1jax.data.problems import Task
@@ -15,7 +17,7 @@ from r1jax.data.puzzle import Puzzle
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
 
-TASKS = {"chain": Chain, "puzzle": Puzzle}
+TASKS = {"chain": Chain, "puzzle": Puzzle, "assistant": Assistant}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,9 @@ class World:
   pretrain: list[Problem]  # what the base corpus's pages are about
   train: list[Problem]  # what RL sees
   held_out: list[Problem]  # what the evaluation asks
+  # Requests that reward models judge, where the task has some.
+  requests: list[Problem] = dataclasses.field(default_factory=list)
+  held_out_requests: list[Problem] = dataclasses.field(default_factory=list)
 
 
 def make_task(name: str, options: Mapping) -> Task:
@@ -58,7 +63,9 @@ def make_world(
   made = problems.generate(task, **counts)
   if not given["problems"]:
     asked = [p for p in made.held_out if not task.is_fact(p.problem)]
-    return World(task, made.pretrain, made.train, asked)
+    if not isinstance(task, Assistant):
+      return World(task, made.pretrain, made.train, asked)
+    return with_requests(task, made, asked, seed)
   rows = read(given, seed)
   train, kept = problems.split_file(rows, held_out=given["held_out"])
   of_file = {problems.squeeze(p.problem) for p in rows}
@@ -68,6 +75,26 @@ def make_world(
     if problems.squeeze(p.problem) not in of_file
   ]
   return World(task, pretrain, train, [p for p in kept if not task.is_fact(p.problem)])
+
+
+def with_requests(
+  task: Assistant, made: problems.Split, asked: list[Problem], seed: int
+) -> World:
+  """A world that also holds requests, on sides of their own, and whose pages are about
+  sums with instructions too."""
+  rng, requests = random.Random(seed), problems.split_requests(task, task.requests())
+  pages = [
+    task.instruct(p, rng) if rng.random() < task.instructed else p
+    for p in made.pretrain
+  ]
+  return World(
+    task,
+    [*pages, *requests.pretrain],
+    made.train,
+    asked,
+    requests.train,
+    requests.held_out,
+  )
 
 
 def read(given: Mapping, seed: int) -> list[Problem]:

@@ -48,13 +48,18 @@ def reflections(text: str) -> int:
 
 
 def summarise(
-  samples: Samples, *, prefill_think: bool, scorer: Scorer | None = None
+  samples: Samples,
+  *,
+  prefill_think: bool,
+  format_style: str = "tags",
+  scorer: Scorer | None = None,
 ) -> dict[str, float]:
   """The figures of an evaluation, from text alone.
 
   Args:
     samples: what was said.
     prefill_think: the prompts ended in `<think>`.
+    format_style: of the format reward.
     scorer: says what is right; None: the exact comparison of accuracy.py.
 
   Returns:
@@ -77,7 +82,7 @@ def summarise(
   flat = [text for text, _ in pairs]
   n = correct.shape[1]
   voted, right = ballots(samples, verdicts, correct, **how)
-  formats = [format_reward(t, **how) for t in flat]
+  formats = [format_reward(t, style=format_style, **how) for t in flat]
   return {
     "pass_at_1": pass_at_k.pass_at_1(correct),
     f"cons_at_{n}": pass_at_k.cons_at_n(voted, right),

@@ -1,1 +1,1 @@
-"""The policy: a DeepSeek-V3 decoder (arXiv 2412.19437) in flax.linen."""
+"""The policy in flax.linen: a DeepSeek-V3 decoder, or a dense one of Llama's kind."""

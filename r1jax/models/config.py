@@ -1,4 +1,5 @@
-"""Sizes of a DeepSeek-V3 policy, and the two presets `tiny` and `v3_671b`."""
+"""Sizes of a policy, and presets: DeepSeek-V3 and a miniature of it, the dense models
+that R1 was distilled into and a miniature of those."""
 
 import dataclasses
 
@@ -20,46 +21,109 @@ class Yarn:
 
 
 @dataclasses.dataclass(frozen=True)
+class Llama3:
+  """Context extension of Llama 3.1 (transformers, rope_type "llama3")."""
+
+  factor: float = 8.0
+  low: float = 1.0  # pairs that turn less over the original length: f / factor
+  high: float = 4.0  # pairs that turn more: f; between the two a blend
+  original_length: int = 8192
+
+
+# Sizes and choices of one attention alone, and those of its sizes that must be set.
+ONLY = {
+  "mla": ("q_latent", "kv_latent", "nope_dim", "rope_dim", "v_dim", "yarn"),
+  "gqa": ("kv_heads", "head_dim", "qkv_bias", "qk_norm", "llama3"),
+}
+SIZES = {
+  "mla": ("kv_latent", "nope_dim", "rope_dim", "v_dim"),
+  "gqa": ("kv_heads", "head_dim"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-  """DeepSeek-V3 (arXiv 2412.19437, section 2.1); the letters are the README's."""
+  """A pre-norm decoder; the letters are the README's.
+
+  With attention "mla": DeepSeek-V3 (arXiv 2412.19437, section 2.1). With "gqa" and
+  dense layers alone: Llama 3 (2407.21783), Qwen2.5 (2412.15115), Qwen3 (2505.09388).
+  """
 
   vocab: int  # V
   width: int  # D
   layers: int  # N, dense ones included
   dense_layers: int  # the first k layers have a dense FFN instead of experts
   heads: int  # H
-  q_latent: int | None  # Q; None: one full-rank query projection
-  kv_latent: int  # C
-  nope_dim: int  # K, the part of a query or key head without position
-  rope_dim: int  # R, the part with RoPE; the key's is one head shared by all
-  v_dim: int
   dense_ffn: int
-  expert_ffn: int  # F
-  experts: int  # E, routed
-  active_experts: int  # A
-  shared_experts: int  # one FFN of width shared_experts * F
+  attention: str = "mla"  # or "gqa"
+  # -- multi-head latent attention
+  q_latent: int | None = None  # Q; None: one full-rank query projection
+  kv_latent: int = 0  # C
+  nope_dim: int = 0  # K, the part of a query or key head without position
+  rope_dim: int = 0  # R, the part with RoPE; the key's is one head shared by all
+  v_dim: int = 0
+  yarn: Yarn | None = None
+  # -- grouped-query attention (arXiv 2305.13245)
+  kv_heads: int = 0  # Hk, key and value heads; each serves H / Hk query heads
+  head_dim: int = 0  # K
+  qkv_bias: bool = False  # Qwen2: of queries, keys and values; none of the output
+  qk_norm: bool = False  # Qwen3: RMSNorm of query and key heads before RoPE
+  llama3: Llama3 | None = None
+  # -- experts, of layers that are not dense and of the MTP module
+  expert_ffn: int = 0  # F
+  experts: int = 0  # E, routed
+  active_experts: int = 0  # A
+  shared_experts: int = 0  # one FFN of width shared_experts * F
   expert_groups: int = 1
   active_groups: int = 1
   renormalise: bool = True  # gate values divided by their sum
   route_scale: float = 1.0  # and multiplied by this
   mtp_depth: int = 0  # multi-token-prediction modules (0 or 1)
   rope_theta: float = 10_000.0
-  yarn: Yarn | None = None
   norm_eps: float = 1e-6
+  tied_embeddings: bool = False  # logits by the embedding, without a head
   init_std: float | None = None  # None: 1/sqrt(fan-in)
   dtype: str = "float32"  # of activations; parameters are float32
   moe: str = "dense"  # "dense": every expert on every token; "ragged": sorted tokens
   remat: bool = False  # recompute each layer in the backward pass
 
   def __post_init__(self):
-    sizes = ("vocab", "width", "layers", "heads", "kv_latent", "nope_dim", "rope_dim")
-    sizes += ("v_dim", "dense_ffn", "expert_ffn", "experts", "active_experts")
+    if self.attention not in ONLY:
+      raise UserError(
+        f"config.model: attention={self.attention!r} must be 'mla' or 'gqa'."
+      )
+    sizes = ("vocab", "width", "layers", "heads", "dense_ffn", *SIZES[self.attention])
+    of_experts = ("expert_ffn", "experts", "active_experts")
+    for_experts = " for layers with experts; without: dense_layers=layers, mtp_depth=0"
+    has_experts = self.moe_layers > 0 or self.mtp_depth > 0
     rules = [
       *(
         (getattr(self, s) >= 1, f"{s}={getattr(self, s)} must be 1 or more")
         for s in sizes
       ),
+      *(
+        (
+          not has_experts or getattr(self, s) >= 1,
+          f"{s}={getattr(self, s)} must be 1 or more{for_experts}",
+        )
+        for s in of_experts
+      ),
+      *(
+        (
+          not getattr(self, s),
+          f"{s}={getattr(self, s)} is of attention={other!r} and this policy has"
+          f" attention={self.attention!r}; leave it out",
+        )
+        for other in ONLY
+        if other != self.attention
+        for s in ONLY[other]
+      ),
       (self.rope_dim % 2 == 0, f"rope_dim={self.rope_dim} must be even"),
+      (self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even"),
+      (
+        self.heads % max(self.kv_heads, 1) == 0,
+        f"heads={self.heads} must divide into kv_heads={self.kv_heads}",
+      ),
       (
         self.experts % self.expert_groups == 0,
         f"experts={self.experts} must divide into expert_groups={self.expert_groups}",
@@ -94,7 +158,10 @@ class PolicyConfig:
 
   @property
   def latent(self) -> int:
-    """Width of a cache entry: kv latent and shared rope key, C + R."""
+    """Width of a cache entry. MLA: kv latent and shared rope key, C + R. GQA: the
+    heads' keys after RoPE, then their values, 2 kv_heads K."""
+    if self.attention == "gqa":
+      return 2 * self.kv_heads * self.head_dim
     return self.kv_latent + self.rope_dim
 
   @property
@@ -154,4 +221,74 @@ def v3_671b(vocab: int = 129_280, **changes) -> PolicyConfig:
   return PolicyConfig(vocab=vocab, **{**sizes, **changes})
 
 
-PRESETS = {"tiny": tiny, "v3_671b": v3_671b}
+def _dense(vocab: int, sizes: dict, changes: dict) -> PolicyConfig:
+  sizes = dict(attention="gqa") | sizes | changes
+  return PolicyConfig(vocab=vocab, **{"dense_layers": sizes["layers"], **sizes})
+
+
+def tiny_dense(vocab: int, **changes) -> PolicyConfig:
+  """The miniature's student: every part of Qwen2.5 at 0.2 M parameters."""
+  sizes = dict(
+    width=80,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=20,
+    qkv_bias=True,
+    dense_ffn=160,
+    rope_theta=100.0,  # as `tiny`
+  )
+  return _dense(vocab, sizes, changes)
+
+
+LARGE = dict(head_dim=128, init_std=0.02, dtype="bfloat16", remat=True)
+QWEN = dict(qkv_bias=True, **LARGE)
+LLAMA = dict(rope_theta=500_000.0, llama3=Llama3(), norm_eps=1e-5, **LARGE)
+
+
+def qwen2_5_1_5b(vocab: int = 151_936, **changes) -> PolicyConfig:
+  """DeepSeek-R1-Distill-Qwen-1.5B: Qwen2.5-Math-1.5B, which has tied_embeddings=True,
+  with a head of its own."""
+  sizes = dict(width=1536, layers=28, heads=12, kv_heads=2, dense_ffn=8960)
+  return _dense(vocab, QWEN | sizes, changes)
+
+
+def qwen2_5_7b(vocab: int = 152_064, **changes) -> PolicyConfig:
+  """DeepSeek-R1-Distill-Qwen-7B, of Qwen2.5-Math-7B."""
+  sizes = dict(width=3584, layers=28, heads=28, kv_heads=4, dense_ffn=18_944)
+  return _dense(vocab, QWEN | sizes, changes)
+
+
+def qwen2_5_14b(vocab: int = 152_064, **changes) -> PolicyConfig:
+  """DeepSeek-R1-Distill-Qwen-14B, of Qwen2.5-14B."""
+  sizes = dict(width=5120, layers=48, heads=40, kv_heads=8, dense_ffn=13_824)
+  sizes |= dict(rope_theta=1e6, norm_eps=1e-5)
+  return _dense(vocab, QWEN | sizes, changes)
+
+
+def qwen2_5_32b(vocab: int = 152_064, **changes) -> PolicyConfig:
+  """DeepSeek-R1-Distill-Qwen-32B, of Qwen2.5-32B."""
+  sizes = dict(width=5120, layers=64, heads=40, kv_heads=8, dense_ffn=27_648)
+  sizes |= dict(rope_theta=1e6, norm_eps=1e-5)
+  return _dense(vocab, QWEN | sizes, changes)
+
+
+def llama_8b(vocab: int = 128_256, **changes) -> PolicyConfig:
+  """DeepSeek-R1-Distill-Llama-8B, of Llama-3.1-8B."""
+  sizes = dict(width=4096, layers=32, heads=32, kv_heads=8, dense_ffn=14_336)
+  return _dense(vocab, LLAMA | sizes, changes)
+
+
+def llama_70b(vocab: int = 128_256, **changes) -> PolicyConfig:
+  """DeepSeek-R1-Distill-Llama-70B, of Llama-3.3-70B-Instruct."""
+  sizes = dict(width=8192, layers=80, heads=64, kv_heads=8, dense_ffn=28_672)
+  return _dense(vocab, LLAMA | sizes, changes)
+
+
+PRESETS = {
+  preset.__name__: preset
+  for preset in (
+    *(tiny, v3_671b, tiny_dense, qwen2_5_1_5b, qwen2_5_7b, qwen2_5_14b, qwen2_5_32b),
+    *(llama_8b, llama_70b),
+  )
+}

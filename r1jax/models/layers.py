@@ -6,7 +6,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from r1jax.models.config import PolicyConfig, Yarn
+from r1jax.models.config import Llama3, PolicyConfig, Yarn
 
 
 def weight(
@@ -60,16 +60,24 @@ class SwiGLU(nn.Module):
     return hidden @ down.astype(dtype)
 
 
-def rope_frequencies(dim: int, theta: float, yarn: Yarn | None) -> jax.Array:
+def rope_frequencies(
+  dim: int, theta: float, scaling: Yarn | Llama3 | None
+) -> jax.Array:
   """Radians a position turns each of the dim/2 pairs, [dim/2] float32.
 
-  f_j = theta^(-2j/dim). YaRN keeps fast pairs, divides slow ones by `factor`, and ramps
-  between the pairs that turn beta_fast and beta_slow times over the original length.
+  f_j = theta^(-2j/dim). Both extensions keep fast pairs and divide slow ones by
+  `factor`. YaRN blends the two linearly in j, between the pairs that turn beta_fast and
+  beta_slow times over the original length; Llama 3 linearly in the turns themselves.
   """
   j = jnp.arange(dim // 2, dtype=jnp.float32)
   f = theta ** (-2.0 * j / dim)
-  if yarn is None:
+  if scaling is None:
     return f
+  if isinstance(scaling, Llama3):
+    turns = scaling.original_length * f / (2 * math.pi)
+    keep = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+    return f / scaling.factor * (1.0 - keep) + f * keep
+  yarn = scaling
 
   def pair_that_turns(times: float) -> float:
     length = yarn.original_length
@@ -90,14 +98,19 @@ def attention_scale(config: PolicyConfig) -> float:
   return scale
 
 
-def apply_rope(x: jax.Array, positions: jax.Array, config: PolicyConfig) -> jax.Array:
-  """Turns neighbouring channels (x_2j, x_2j+1) by position * f_j, as DeepSeek's code.
+def apply_rope(
+  x: jax.Array, positions: jax.Array, config: PolicyConfig, pairing: str = "neighbours"
+) -> jax.Array:
+  """Turns pairs of channels by position * f_j.
 
   Args:
     x: [..., R] with positions.ndim leading axes, or one more for heads before R.
     positions: [...] int32.
+    config: theta, and the context extension.
+    pairing: "neighbours": (x_2j, x_2j+1), DeepSeek's; "halves": (x_j, x_j+R/2), Llama's
+      and Qwen's.
   """
-  f = rope_frequencies(config.rope_dim, config.rope_theta, config.yarn)
+  f = rope_frequencies(x.shape[-1], config.rope_theta, config.yarn or config.llama3)
   angle = positions.astype(jnp.float32)[..., None] * f.reshape(
     (1,) * positions.ndim + (-1,)
   )
@@ -108,7 +121,12 @@ def apply_rope(x: jax.Array, positions: jax.Array, config: PolicyConfig) -> jax.
     y, log = config.yarn, math.log(config.yarn.factor)
     m = (0.1 * y.mscale * log + 1.0) / (0.1 * y.mscale_all_dim * log + 1.0)
     cos, sin = cos * m, sin * m
-  pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+  wide = x.astype(jnp.float32)
+  if pairing == "halves":
+    a, b = jnp.split(wide, 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return turned.astype(x.dtype)
+  pairs = wide.reshape(*x.shape[:-1], -1, 2)
   a, b = pairs[..., 0], pairs[..., 1]
   turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
   return turned.reshape(x.shape).astype(x.dtype)

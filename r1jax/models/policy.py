@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from r1jax import sharding
 from r1jax.models.config import PolicyConfig
+from r1jax.models.gqa import GQA
 from r1jax.models.layers import RMSNorm, SwiGLU, weight
 from r1jax.models.mla import MLA, DecodeStep, Sequence
 from r1jax.models.moe import MoE
@@ -20,14 +21,14 @@ from r1jax.models.moe import MoE
 class Forward:
   hidden: jax.Array  # B T D, after the final norm
   trunk: jax.Array  # B T D, before it (the MTP module's input)
-  cache: jax.Array  # N B T C+R
+  cache: jax.Array  # N B T C+R, or another config.latent
   load: dict  # {stack of MoE layers: [layers, E] float32}
   balance: jax.Array  # B float32, the sequence-wise balance loss, summed over layers
   experts: jax.Array | None  # N B T A int32, the router's choice in the N MoE layers
 
 
 class Block(nn.Module):
-  """x += MLA(norm x); x += FFN(norm x), for a whole sequence or for one new token."""
+  """x += attention(norm x); x += FFN(norm x), for a sequence or for one new token."""
 
   config: PolicyConfig
   moe: bool
@@ -46,9 +47,9 @@ class Block(nn.Module):
     """
     c = self.config
     x, suffix = carry
-    attention = MLA(c, name="attention")
+    attention = (MLA if c.attention == "mla" else GQA)(c, name="attention")
     h = RMSNorm(c.norm_eps, name="attention_norm")(x)
-    with jax.named_scope("mla"):
+    with jax.named_scope(c.attention):
       if isinstance(at, Sequence):
         h, entries = attention(h, at)
       else:
@@ -83,24 +84,25 @@ class Policy(nn.Module):
 
   def setup(self):
     c = self.config
+    # A small head starts the policy near uniform, be it the embedding or its own.
+    std = 0.02 if c.init_std is None else c.init_std
     self.embedding = weight(
       self,
       "embedding",
       (c.vocab, c.width),
       ("vocab", "embed"),
       fan_in=4,
-      std=c.init_std,
+      std=std if c.tied_embeddings else c.init_std,
     )
     if c.dense_layers:
       self.dense_layers = _stack(c, False, c.dense_layers)
     if c.moe_layers:
       self.moe_layers = _stack(c, True, c.moe_layers)
     self.final_norm = RMSNorm(c.norm_eps)
-    # A small head starts the policy near uniform.
-    std = 0.02 if c.init_std is None else c.init_std
-    self.head = weight(
-      self, "head", (c.width, c.vocab), ("embed", "vocab"), fan_in=c.width, std=std
-    )
+    if not c.tied_embeddings:
+      self.head = weight(
+        self, "head", (c.width, c.vocab), ("embed", "vocab"), fan_in=c.width, std=std
+      )
     if c.mtp_depth:
       self.mtp_embedding_norm = RMSNorm(c.norm_eps)
       self.mtp_hidden_norm = RMSNorm(c.norm_eps)
@@ -184,7 +186,8 @@ class Policy(nn.Module):
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[..., D] -> [..., V] float32."""
-    head = self.head.astype(hidden.dtype)
+    head = self.embedding.T if self.config.tied_embeddings else self.head
+    head = head.astype(hidden.dtype)
     return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
 
   def mtp(

@@ -48,6 +48,7 @@ _LEFT_OUT = re.compile(
   r"`[^`\n]*`|\$[^$\n]*\$|\\[a-zA-Z]+(?:\{[^{}]*\})*"
   r"|https?://[^\s\u3000-\u303f\uff00-\uff60]+|</?[a-zA-Z|][^<>\n]{0,20}>"
 )
+_TAG = re.compile(r"</?(?:think|answer)>")
 _RUN = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 # A detector's (text of one sentence) -> language code, or None where it cannot tell.
 Detector = Callable[[str], str | None]
@@ -75,18 +76,23 @@ def language_consistency(
     UserError: no such language.
   """
   chain = thinking(completion, prefill_think=prefill_think)
-  if not chain.strip():
+  if not _TAG.sub("", chain).strip():
     return 0.0
   scripts = scripts_of(target)
-  plain = _LEFT_OUT.sub(" ", _without_blocks(chain))
+  text = plain(chain)
   right = every = 0
-  for sentence in re.split(r"(?<=[.!?。！？\n])", plain) if detector else [plain]:
+  for sentence in re.split(r"(?<=[.!?。！？\n])", text) if detector else [text]:
     found = words(sentence)
     ours = sum(script in scripts for _, script in found)
     if detector and ours and detector(sentence) not in (target, None):
       ours = 0
     right, every = right + ours, every + len(found)
   return right / every if every else 1.0
+
+
+def plain(text: str) -> str:
+  """The text without code, formulas, links and tags."""
+  return _LEFT_OUT.sub(" ", _without_blocks(text))
 
 
 def scripts_of(language: str) -> tuple[str, ...]:

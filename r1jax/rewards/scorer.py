@@ -20,7 +20,7 @@ from r1jax.data.problem import Problem
 from r1jax.errors import UserError
 from r1jax.rewards import accuracy, language, wasi
 from r1jax.rewards.code import CodeReward
-from r1jax.rewards.format import format_reward
+from r1jax.rewards.format import STYLES, format_reward
 from r1jax.rewards.golds import gold_error, gold_note, place
 from r1jax.rewards.maths import MathsError, MathsWorker
 from r1jax.rewards.program import Limits
@@ -43,8 +43,9 @@ class ScorerConfig:
 
   accuracy_weight: float = 1.0
   format_weight: float = 1.0
+  format_style: str = "tags"  # one of format.STYLES
   language_weight: float = 0.0  # 0: not computed
-  language: str = "en"
+  language: str = "en"  # of problems that say none
   language_detector: bool = False
   prefill_think: bool = False
   workers: int = 0  # 0: one a core
@@ -67,6 +68,11 @@ class ScorerConfig:
         f"config.reward.sandbox={self.sandbox!r} is not one of {', '.join(SANDBOXES)}."
       )
     language.scripts_of(self.language)
+    if self.format_style not in STYLES:
+      raise UserError(
+        f"config.reward.format_style={self.format_style!r} is not one of"
+        f" {', '.join(STYLES)}."
+      )
     if not 0 <= self.workers <= MAX_SLOTS:
       raise UserError(
         f"config.reward.workers={self.workers} must lie in 0..{MAX_SLOTS}; 0 is one a"
@@ -168,10 +174,12 @@ class Scorer:
   def _one(self, completion: str, problem: Problem) -> Breakdown:
     c, verdict = self.config, self._verdict(completion, problem)
     how = dict(prefill_think=c.prefill_think)
-    parts = {"accuracy": verdict.score, "format": format_reward(completion, **how)}
+    form = format_reward(completion, style=c.format_style, **how)
+    parts = {"accuracy": verdict.score, "format": form}
     if "language" in self.weights:
+      target = problem.language or c.language
       parts["language"] = language.language_consistency(
-        completion, c.language, detector=self._detector, **how
+        completion, target, detector=self._detector, **how
       )
     for name, (_, rule) in self.rules.items():
       parts[name] = rule(completion, problem)

@@ -1,4 +1,4 @@
-"""What came of a sample: every one ends in exactly one of eight outcomes."""
+"""What came of a sample: every one ends in exactly one of these outcomes."""
 
 import dataclasses
 
@@ -11,6 +11,7 @@ OUTCOMES = (
   "memory",  # the memory limit was hit
   "forbidden",  # a program that tried what the sandbox denies, or wrote without end
   "infrastructure",  # our side failed: neither right nor wrong, never scored
+  "judged",  # a reply to a request: scored by a reward model, neither right nor wrong
 )
 
 

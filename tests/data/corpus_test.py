@@ -60,6 +60,12 @@ def tokenizer():
   return Tokenizer.train([f"{i} + 7 = 12, wait" for i in range(40)], vocab=300)
 
 
+def packed(*args):
+  pages = corpus.pack(*args)
+  assert (pages.targets <= (pages.segments > 0)).all()
+  return pages.tokens, pages.segments
+
+
 def unpack(tokens, segments):
   return [
     row[s == n].tolist()
@@ -72,7 +78,7 @@ def unpack(tokens, segments):
 def test_packing_keeps_every_page_that_fits_whole(tokenizer, width):
   rng = random.Random(width)
   texts = ["7" * rng.randint(1, 9) for _ in range(80)]
-  tokens, segments = corpus.pack(texts, tokenizer, width)
+  tokens, segments = packed(texts, tokenizer, width)
   want = [
     [tokenizer.bos_id, *tokenizer.encode(t), tokenizer.eos_id]
     for t in texts
@@ -84,7 +90,7 @@ def test_packing_keeps_every_page_that_fits_whole(tokenizer, width):
 
 
 def test_padding_is_segment_0_and_stands_at_the_end(tokenizer):
-  tokens, segments = corpus.pack(["7", "77", "777777"], tokenizer, 10)
+  tokens, segments = packed(["7", "77", "777777"], tokenizer, 10)
   assert (tokens[segments == 0] == tokenizer.pad_id).all()
   for row in segments:
     used = row[row > 0]
@@ -94,15 +100,15 @@ def test_padding_is_segment_0_and_stands_at_the_end(tokenizer):
 
 def test_rows_are_filled_well(tokenizer):
   texts = ["7" * (1 + i % 8) for i in range(400)]
-  _, segments = corpus.pack(texts, tokenizer, 20)
+  _, segments = packed(texts, tokenizer, 20)
   assert (segments > 0).mean() > 0.95
 
 
 def test_pages_that_exactly_fill_a_row_get_one_each(tokenizer):
-  tokens, segments = corpus.pack(["7777"] * 3, tokenizer, 6)
+  tokens, segments = packed(["7777"] * 3, tokenizer, 6)
   assert tokens.shape == (3, 6) and (segments == 1).all()
 
 
 def test_a_page_longer_than_a_row_is_left_out(tokenizer):
-  tokens, _ = corpus.pack(["7" * 9, "7"], tokenizer, 5)
+  tokens, _ = packed(["7" * 9, "7"], tokenizer, 5)
   assert tokens.shape == (1, 5)

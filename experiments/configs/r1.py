@@ -1,0 +1,198 @@
+"""R1: every stage of the paper, from a base to a distilled student.
+
+Paper: DeepSeek-R1, arXiv 2501.12948v2, section 3 and supplement B.
+
+  python -m experiments.r1                             # :tiny
+
+tiny   2 CPU cores, under 40 minutes. The task `assistant`: sums asked in two languages,
+       instructions, requests that reward models judge.
+paper  R1's stages as published: a record of the numbers and their sources.
+
+A stage that differs from the config above it says only what it changes: `zero`, `rl_1`,
+`rl_2.changes`, `student.rl` and `ppo_baseline` hold keys of the config itself.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import r1_zero
+
+PRESETS = ("tiny", "paper")
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+  if preset not in PRESETS:
+    raise ValueError(f"preset {preset!r} is not one of {PRESETS}")
+  config = tiny()
+  if preset == "paper":
+    paper(config)
+  return config.lock()
+
+
+def tiny() -> ConfigDict:
+  c = r1_zero.tiny()
+  c.preset = "tiny"
+  c.ablations = False  # also RL without the language reward, and RL uncapped
+
+  # -- the world and the base
+  c.task = "assistant"
+  c.counts.held_out = 640
+  c.pretrain.steps = 1200
+  c.pretrain.vocab = 500
+  c.pretrain.mix.update(facts=0.15, bare=0.05, guess=0.40, checked=0.19, request=0.20)
+  c.steps = 60
+  c.eval.every = 20
+  c.eval.samples = 8
+  c.checkpoint_every = 10
+  c.grpo.traced_groups = 0
+
+  # -- R1-Zero
+  c.zero = changes()
+
+  # -- cold start (B.3.2)
+  c.cold_start = ConfigDict()
+  c.cold_start.prompts = 256
+  c.cold_start.samples = 4  # a prompt; "several" in the paper
+  c.cold_start.temperature = 1.0  # B.3.2
+  c.cold_start.instructed = 0.5  # share of the prompts with an instruction
+  c.cold_start.most_repetition = 0.2  # share of windows of 8 words seen before
+  c.cold_start.least_consistency = 0.0  # of the language; the rewriter translates
+  c.cold_start.keep = 1  # traces of a prompt
+  c.cold_start.most = 64  # traces in all; "thousands" in the paper
+  c.cold_start.rewriter = (
+    "assistant"  # "none", or FILE.py:function(completion, problem)
+  )
+  c.sft_1 = sft()
+  c.sft_1.epochs = 4
+  c.sft_1.rows = 16
+
+  # -- RL stage 1 (3.2.1): rules and language
+  c.rl_1 = changes()
+  c.rl_1.reward = ConfigDict()
+  c.rl_1.reward.format_style = "chat"
+  c.rl_1.reward.language_weight = 1.0  # Eq. 7: added directly
+
+  # -- rejection sampling (B.3.3)
+  c.rejection = ConfigDict()
+  c.rejection.prompts = 1000
+  c.rejection.samples = 4  # a prompt; not stated in the paper
+  c.rejection.temperature = 1.0  # not stated
+  c.rejection.instructed = 0.3
+  c.rejection.least_consistency = 1.0
+  c.rejection.most_paragraph = 400  # characters
+  c.rejection.most_repetition = 0.2
+  c.rejection.keep = 2
+  c.rejection.judge = "none"  # or FILE.py:function(completion, problem) -> bool
+  c.rejection.general_weight = 1 / 3  # 200k to 600k
+  c.rejection.general_data = ""  # a file of traces; "": the task's own pool
+  c.sft_3 = sft()
+
+  # -- reward models (3.1, B.2)
+  c.reward_models = ConfigDict()
+  c.reward_models.samples = 32  # replies of each writer to a request
+  c.reward_models.temperature = 1.0
+  c.reward_models.pairs_a_prompt = 200
+  c.reward_models.judgments = 4  # B.2, half of them with A and B swapped
+  c.reward_models.balance_length = True  # B.2
+  c.reward_models.judge = "arena"  # or FILE.py:function(prompt, first, second) -> grade
+  c.reward_models.judge_noise = 0.1  # of the miniature's judge
+  c.reward_models.judge_first_bias = 0.1  # what it adds for the reply it reads first
+  c.reward_models.rows = 64  # pairs or labels an update; 256 in the paper
+  c.reward_models.micro_batches = 16
+  c.reward_models.epochs = 1
+  c.reward_models.learning_rate = 2e-3  # 6e-6
+  c.reward_models.warmup_steps = 5
+  c.reward_models.weight_decay = 0.01
+
+  # -- RL stage 2 (3.2.2): all scenarios
+  c.rl_2 = ConfigDict()
+  c.rl_2.window = 20  # last updates with requests; 400 of 1,700 in the paper
+  c.rl_2.uncapped_steps = 120  # of the ablation without that cap
+  c.rl_2.general_share = 0.5  # of the prompts in that window
+  c.rl_2.model_weight = 1.0  # Eq. 10
+  c.rl_2.squash = "sigmoid"  # of the reward models' scores; or "none"
+  c.rl_2.changes = changes()
+  c.rl_2.changes.steps = 80
+  c.rl_2.changes.grpo = ConfigDict()
+  c.rl_2.changes.grpo.temperature = 0.7  # 3.2.2
+  c.rl_2.changes.reward = ConfigDict()
+  c.rl_2.changes.reward.format_style = "chat"
+  c.rl_2.changes.reward.language_weight = 1.0
+
+  # -- the student
+  c.student = ConfigDict()
+  c.student.model = ConfigDict()
+  c.student.model.preset = "tiny_dense"
+  c.student.pretrain = changes()
+  c.student.rl = changes()
+  c.student.rl.steps = 400  # ends earlier, with the tokens of rejection sampling
+  c.student.rl.optimizer = ConfigDict()
+  c.student.rl.optimizer.schedule = "constant"
+  c.distill = sft()
+  c.distill.mode = "sft"  # "logits" and "on_policy" ask the teacher, R1, itself
+  c.distill.divergence = "forward_kl"  # or reverse_kl, jsd
+  c.distill.alpha = 1.0  # of the divergence, against the traces' cross-entropy
+  c.distill.group_size = 4  # on_policy: samples a prompt
+  c.distill.on_policy_steps = 60
+
+  # -- the baseline
+  c.ppo_baseline = changes()
+  c.ppo_baseline.objective = ConfigDict()
+  c.ppo_baseline.objective.preset = "ppo"
+  c.ppo_baseline.ppo = ConfigDict()
+  c.ppo_baseline.ppo.value_learning_rate = 1e-3
+  c.ppo_baseline.ppo.value_clip = 0.2
+  c.ppo_baseline.ppo.whiten = True
+
+  # -- the table
+  c.report = ConfigDict()
+  c.report.problems = 512  # held-out sums
+  c.report.samples = 4
+  c.report.temperature = 1.0  # 0.6 and top-p 0.95 in the paper (D.1); there the
+  c.report.top_p = 1.0  # miniature's short answers are nearly all right
+  return c
+
+
+def changes() -> ConfigDict:
+  """Nothing yet."""
+  return ConfigDict()
+
+
+def sft() -> ConfigDict:
+  """How a stage is fine-tuned (B.4.2)."""
+  c = ConfigDict()
+  c.epochs = 2  # 2 or 3
+  c.learning_rate = 1e-3  # 5e-5 in the paper
+  c.final_fraction = 0.1  # 5e-5 to 5e-6
+  c.warmup_steps = 5  # not stated
+  c.rows = 32  # packed rows an update; 128 in the paper
+  c.micro_batches = 4
+  c.width = 0  # tokens a row; 0: the longest page of the corpus; 32,768 in the paper
+  c.b2 = 0.95  # not stated
+  c.weight_decay = 0.01  # not stated
+  return c
+
+
+def paper(c: ConfigDict) -> None:
+  """R1's numbers; what the paper does not state keeps the miniature's."""
+  r1_zero.paper(c)
+  c.preset = "paper"
+  c.zero = changes()
+  for section in (c.sft_1, c.sft_3):
+    section.epochs = 2  # B.4.2: 2 or 3
+    section.learning_rate = 5e-5
+    section.rows = 128
+    section.width = 32_768
+  c.rl_1.windows = ((0, 32_768),)  # 3.2.1
+  c.rl_1.objective = ConfigDict()
+  c.rl_1.objective.clip_low = 10.0  # 3.2.1
+  c.rl_1.objective.clip_high = 10.0
+  c.reward_models.epochs = 1  # B.2
+  c.reward_models.rows = 256
+  c.reward_models.learning_rate = 6e-6
+  c.rl_2.window = 400  # 3.2.2
+  c.rl_2.changes.steps = 1696  # 1,700 in the paper: whole rollouts of 16 updates
+  c.rl_2.changes.windows = ((0, 32_768),)
+  c.student.model.preset = "qwen2_5_7b"
+  c.distill.learning_rate = 8e-5  # B.4.3, and pipeline/distill.py:RATES for the others
+  c.distill.rows = 64
+  c.distill.width = 32_768

@@ -1,0 +1,110 @@
+"""Grouped-query attention (arXiv 2305.13245) as in Llama 3, Qwen2 and Qwen3.
+
+A token leaves one cache entry: the keys of the Hk key heads after RoPE, their values.
+"""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from r1jax import ops
+from r1jax.models.config import PolicyConfig
+from r1jax.models.layers import RMSNorm, apply_rope, weight
+from r1jax.models.mla import DecodeStep, Sequence
+
+
+class GQA(nn.Module):
+  config: PolicyConfig
+
+  def setup(self):
+    c, std = self.config, self.config.init_std
+
+    def projection(name, heads, axis):
+      shape, axes = (heads, c.head_dim), (axis, "head_dim")
+      w_shape, w_axes = (c.width, *shape), ("embed", *axes)
+      w = weight(self, f"w_{name}", w_shape, w_axes, fan_in=c.width, std=std)
+      if not c.qkv_bias:
+        return w, None
+      return w, weight(self, f"b_{name}", shape, axes, fan_in=1, std=0.0)
+
+    self.to_q = projection("q", c.heads, "heads")
+    self.to_k = projection("k", c.kv_heads, "kv_heads")
+    self.to_v = projection("v", c.kv_heads, "kv_heads")
+    self.q_norm = RMSNorm(c.norm_eps) if c.qk_norm else None
+    self.k_norm = RMSNorm(c.norm_eps) if c.qk_norm else None
+    self.w_o = weight(
+      self,
+      "w_o",
+      (c.heads, c.head_dim, c.width),
+      ("heads", "head_dim", "embed"),
+      fan_in=2 * c.layers * c.heads * c.head_dim,
+      std=std,
+    )
+
+  def _project(self, x: jax.Array, w: jax.Array, b: jax.Array | None) -> jax.Array:
+    heads = jnp.einsum("btd,dhk->bthk", x, w.astype(x.dtype))
+    return heads if b is None else heads + b.astype(x.dtype)[None, None]
+
+  def _queries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    q = self._project(x, *self.to_q)
+    q = q if self.q_norm is None else self.q_norm(q)
+    return apply_rope(q, positions, self.config, "halves")
+
+  def _keys_and_values(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """[B, T, 2, Hk, K]: the keys after RoPE, the values."""
+    k, v = self._project(x, *self.to_k), self._project(x, *self.to_v)
+    k = k if self.k_norm is None else self.k_norm(k)
+    return jnp.stack([apply_rope(k, positions, self.config, "halves"), v], axis=2)
+
+  def _output(self, heads: jax.Array) -> jax.Array:
+    return jnp.einsum("bthk,hkd->btd", heads, self.w_o.astype(heads.dtype))
+
+  def __call__(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array]:
+    """Full attention.
+
+    Args:
+      x: [B, T, D].
+      seq: positions and segments of the tokens.
+
+    Returns:
+      ([B, T, D] output, [B, T, 2 Hk K] cache entries).
+    """
+    c = self.config
+    q, kv = self._queries(x, seq.positions), self._keys_and_values(x, seq.positions)
+    out = ops.attention(q, kv[:, :, 0], kv[:, :, 1], seq.mask, scale=c.head_dim**-0.5)
+    return self._output(out), kv.reshape(*x.shape[:2], c.latent)
+
+  def decode(
+    self,
+    x: jax.Array,
+    at: DecodeStep,
+    prefix: jax.Array,
+    suffix: jax.Array,
+    layer: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Attention of one new token a row.
+
+    Args:
+      x: [B, G, D].
+      at: where the tokens stand.
+      prefix: [B, P, 2 Hk K], this layer's prompt cache.
+      suffix: [N, B, G, S, 2 Hk K], all layers' caches of the rows' own tokens.
+      layer: [] int32, which of the N.
+
+    Returns:
+      ([B, G, D] output, suffix with the new entries written).
+    """
+    c = self.config
+    q, kv = self._queries(x, at.positions), self._keys_and_values(x, at.positions)
+    entry = kv.reshape(1, *x.shape[:2], 1, c.latent)
+    suffix = jax.lax.dynamic_update_slice(suffix, entry, (layer, 0, 0, at.slot, 0))
+    own = jax.lax.dynamic_index_in_dim(suffix, layer, keepdims=False)
+    out = ops.gqa_decode(
+      q,
+      prefix.reshape(*prefix.shape[:2], 2, c.kv_heads, c.head_dim),
+      at.prefix_mask,
+      own.reshape(*own.shape[:3], 2, c.kv_heads, c.head_dim),
+      at.slot,
+      scale=c.head_dim**-0.5,
+    )
+    return self._output(out), suffix

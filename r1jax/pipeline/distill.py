@@ -1,0 +1,190 @@
+"""Distillation into a dense student: SFT on the teacher's accepted traces (R1, section
+2.4 of v1 and supplement B.4.3; batch 64, cosine to a tenth, 2 or 3 epochs).
+
+Two options that R1 does not use: the teacher's distributions on its traces (`logits`),
+or on what the student says itself (`on_policy`).
+"""
+
+from collections.abc import Mapping
+import functools
+import pathlib
+
+import jax
+import numpy as np
+
+from r1jax import distillation, train_state
+from r1jax.checkpoint import Checkpoints
+from r1jax.data import problems, traces
+from r1jax.distillation import DistillConfig, OnPolicyConfig
+from r1jax.errors import UserError
+from r1jax.fine_tuning import tune
+from r1jax.optimizer import make_optimizer
+from r1jax.pipeline import supervised
+from r1jax.pipeline.project import Project, Weights, load_weights, save_weights
+from r1jax.run import Run, compiled, put_batch, take
+
+MODES = ("sft", "logits", "on_policy")
+
+# Initial learning rates of R1's students (B.4.3); each is divided by ten by a cosine.
+RATES = {
+  "qwen2_5_1_5b": 1e-4,
+  "qwen2_5_7b": 8e-5,
+  "qwen2_5_14b": 7e-5,
+  "qwen2_5_32b": 6e-5,
+  "llama_8b": 5e-5,
+  "llama_70b": 2e-5,
+}
+
+
+def check_mode(mode: str) -> None:
+  """Raises UserError: there is no such mode."""
+  if mode not in MODES:
+    raise UserError(f"config.distill.mode={mode!r} is not one of {', '.join(MODES)}.")
+
+
+def same_tokenizer(student: pathlib.Path, teacher: pathlib.Path) -> None:
+  """A student learns its teacher's tokens: both must have the same tokenizer.
+
+  Args:
+    student, teacher: folders with a tokenizer.model.
+
+  Raises:
+    UserError: they differ, or one is missing.
+  """
+  found = []
+  for folder in (student, teacher):
+    path = folder / "tokenizer.model"
+    if not path.exists():
+      raise UserError(f"{path} does not exist: a pipeline leaves it in its `world`.")
+    found.append(path.read_bytes())
+  if found[0] != found[1]:
+    raise UserError(
+      f"the student's tokenizer {student / 'tokenizer.model'} is not the teacher's,"
+      f" {teacher / 'tokenizer.model'}: its tokens would mean something else. Make the"
+      " student's base with the teacher's tokenizer, or distil by traces as text."
+    )
+
+
+def run(
+  project: Project,
+  folder: pathlib.Path,
+  *,
+  student: pathlib.Path,
+  teacher: pathlib.Path | None,
+  data: pathlib.Path,
+) -> dict:
+  """Distils and leaves weights/; returns figures.
+
+  Args:
+    project: whose config's `student` and `distill` say how.
+    folder: the stage's.
+    student: the folder of its base.
+    teacher: the folder of a policy; the mode `sft` needs none.
+    data: the accepted traces.
+  """
+  c, section = project.config, project.config.distill
+  model = c.student.model
+  rows = traces.read(data)
+  with project.run(folder, {}, asked=project.world.train, model=model) as this:
+    start = load_weights(student / "weights", this.policy, project.mesh)
+    if section.mode == "sft":
+      return supervised.fine_tune(project, this, start, rows, section, folder)
+    master = project.policy({})
+    taught_by = load_weights(teacher / "weights", master, project.mesh)
+    if section.mode == "on_policy":
+      learned, figures = _on_policy(this, start, taught_by, master, section)
+    else:
+      learned, figures = _logits(project, this, start, taught_by, master, rows)
+    save_weights(folder / "weights", learned)
+    return figures
+
+
+def _logits(
+  project: Project, this: Run, start: Weights, teacher: Weights, master, rows
+) -> tuple[Weights, dict]:
+  section = project.config.distill
+  packed = supervised.pack_traces(project, rows, section.width)
+  config = supervised.tuning_config(packed, section)
+  step = functools.partial(
+    distillation.logit_step,
+    student=this.policy,
+    teacher_policy=master,
+    config=DistillConfig(
+      divergence=section.divergence,
+      alpha=section.alpha,
+      micro_batches=section.micro_batches,
+      router_bias_rate=0.0,
+    ),
+  )
+  learned = tune(
+    this,
+    lambda: packed.pages,
+    config,
+    start=start,
+    seed=this.config.seed,
+    step=step,
+    teacher=teacher,
+  )
+  return learned, {"examples": len(rows), "loss": this.metrics.phase("sft")[-1]["loss"]}
+
+
+def _on_policy(
+  this: Run, start: Weights, teacher: Weights, master, section: Mapping
+) -> tuple[Weights, dict]:
+  c = this.config
+  steps, k = section["on_policy_steps"], 1
+  optimizer = make_optimizer(
+    supervised.rate_of(section, steps)  # a cosine over the updates
+  )
+  begin = functools.partial(train_state.restart, optimizer=optimizer, reference=False)
+  layout = train_state.shardings(this.policy, optimizer, this.mesh, reference=False)
+  stream = problems.stream(len(this.train.ids), c.prompts, seed=c.seed)
+  key = jax.random.fold_in(jax.random.key(c.seed), 4)
+  checkpoints = Checkpoints(this.workdir / "checkpoints" / "on_policy")
+  step = checkpoints.latest() or 0
+  if step:
+    state = checkpoints.restore(step, jax.eval_shape(begin, *start), layout)
+    stream.set_state(checkpoints.restore_host(step)["stream"])
+  else:
+    state = compiled(this, begin, *start, out_shardings=layout)(*start)
+  this.metrics.roll_back({"on_policy": step})
+
+  def on_policy_step(state, batch, key, teacher):
+    return distillation.on_policy_step(
+      state,
+      batch,
+      key,
+      teacher,
+      student=this.policy,
+      teacher_policy=master,
+      optimizer=optimizer,
+      config=OnPolicyConfig(
+        divergence=section["divergence"],
+        alpha=section["alpha"],
+        group_size=section["group_size"],
+        max_tokens=this.windows[-1][1],
+        minibatches=k,
+        micro_batches=section["micro_batches"],
+        router_bias_rate=0.0,
+      ),
+      stop_ids=this.stop_ids,
+      pad_id=this.tokenizer.pad_id,
+    )
+
+  program = None
+  while step < steps:
+    batch = put_batch(this, take(this.train, np.asarray(next(stream))))
+    args = state, batch, key, teacher
+    out = layout, None, None
+    program = program or compiled(
+      this, on_policy_step, *args, donate=(0,), out_shardings=out
+    )
+    state, _, figures = program(*args)
+    step += k
+    figures = {name: float(x) for name, x in figures.items()}
+    this.metrics.write({"phase": "on_policy", "step": step, **figures})
+    this.progress.update("on_policy", step, steps, loss=figures["loss"])
+    if step % c.checkpoint_every == 0 or step == steps:
+      checkpoints.save(step, state, {"stream": stream.get_state()})
+  checkpoints.close()
+  return (state.params, state.router), {"rollouts": steps, "loss": figures["loss"]}

@@ -1,0 +1,58 @@
+"""Functions of the user's that a config names: a rewriter, a judge."""
+
+from collections.abc import Callable, Mapping
+import hashlib
+import pathlib
+from typing import Any
+
+from r1jax.errors import UserError
+from r1jax.rewards.rules import load_rules, rule_files
+
+
+def load(spec: str, ours: Mapping[str, Any], key: str) -> Any:
+  """The function that a spec names: one of ours, or FILE.py:function.
+
+  Args:
+    spec: the config's value.
+    ours: name -> function.
+    key: of the config, for the error.
+
+  Raises:
+    UserError: it names none, or more than one.
+  """
+  if spec in ours:
+    return ours[spec]
+  if ":" not in spec:
+    raise UserError(
+      f"config.{key}={spec!r} is neither one of {', '.join(map(repr, ours))} nor"
+      " FILE.py:function."
+    )
+  found = load_rules(spec)
+  if len(found) != 1:
+    raise UserError(f"config.{key}={spec!r} must name one function.")
+  return checked(next(iter(found.values()))[1], spec)
+
+
+def checked(function: Callable, spec: str) -> Callable:
+  """The function, whose errors say where they come from."""
+
+  def call(*args: Any) -> Any:
+    try:
+      return function(*args)
+    except Exception as error:
+      raise UserError(
+        f"{spec} failed with {type(error).__name__}: {error}. Mend it and give the same"
+        " command again; what was sampled is kept."
+      ) from error
+
+  return call
+
+
+def contents(*specs: str) -> dict[str, str]:
+  """{"sha256 of FILE": ...} of the files that specs name: part of a stage's config."""
+  files = [file for spec in specs for file in rule_files(spec)]
+  return {
+    f"sha256 of {file}": hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+    for file in files
+    if pathlib.Path(file).is_file()
+  }

@@ -1,0 +1,201 @@
+"""Training of the two reward models: helpful on pairs of summaries, safety on single
+responses with their thinking (R1, sections 3.1 and B.2: one epoch, batch 256)."""
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from r1jax import prompts, reward_model, train_state
+from r1jax.data.tokenizer import Tokenizer
+from r1jax.evals import calibration
+from r1jax.models.value import Value, from_policy
+from r1jax.optimizer import OptimizerConfig, make_optimizer
+from r1jax.pipeline.project import Project, Weights, save_weights
+from r1jax.reward_model import Labelled, Pairs, Responses
+from r1jax.run import Run, compiled, put_batch
+
+VIEW = {"helpful": "summary", "safety": "all"}
+
+
+def responses(
+  rows: Sequence[tuple[str, str]],
+  tokenizer: Tokenizer,
+  *,
+  template: str,
+  prompt_length: int,
+  length: int,
+) -> Responses:
+  """(prompt, response) texts as NumPy rows; a response is cut at `length` tokens, EOS
+  included.
+
+  Raises:
+    UserError: a prompt is longer than `prompt_length`.
+  """
+  asked = [
+    prompts.encode(prompt, tokenizer, template=template, prefill_think=False)
+    for prompt, _ in rows
+  ]
+  tokens, mask = prompts.pad_left(asked, prompt_length, tokenizer.pad_id)
+  said = np.full((len(rows), length), tokenizer.pad_id, np.int32)
+  kept = np.zeros((len(rows), length), bool)
+  for i, (_, text) in enumerate(rows):
+    ids = [*tokenizer.encode(text), tokenizer.eos_id][:length]
+    said[i, : len(ids)], kept[i, : len(ids)] = ids, True
+  return Responses(tokens, mask, said, kept)
+
+
+def train(
+  project: Project,
+  this: Run,
+  start: Weights,
+  data: Mapping[str, list],
+  kind: str,
+  section: Mapping,
+  folder: pathlib.Path,
+) -> dict:
+  """One reward model from a policy's trunk; leaves <kind>/ and returns its figures.
+
+  Args:
+    project, this: the pipeline and the stage.
+    start: (params, router) of a policy.
+    data: {"train", "held_out"}: Preferences for `helpful`, SafetyLabels for `safety`.
+    kind: `helpful` or `safety`.
+    section: learning_rate, rows, epochs, ...
+    folder: the stage's.
+  """
+  value, c = Value(this.policy.config), this.config
+  end_think = this.tokenizer.id("</think>")
+  view = VIEW[kind]
+  encode = functools.partial(
+    responses,
+    tokenizer=this.tokenizer,
+    template=c.data.template,
+    prompt_length=project.prompt_length,
+    length=min(this.windows[-1][1], _longest(data, this.tokenizer)),
+  )
+  batches = _batches(data["train"], section, c.seed)
+  optimizer = make_optimizer(
+    OptimizerConfig(
+      learning_rate=section["learning_rate"],
+      steps=len(batches),
+      warmup_steps=min(section["warmup_steps"], len(batches) - 1),
+      schedule="cosine",
+      weight_decay=section["weight_decay"],
+    )
+  )
+  layout = train_state.shardings(value, optimizer, this.mesh, reference=False)
+  width = this.policy.config.width
+
+  def begin(params, router):
+    trunk = from_policy(params, router, width)
+    return train_state.restart(*trunk, optimizer, reference=False)
+
+  state = compiled(this, begin, *start, out_shardings=layout)(*start)
+  one = reward_model.pairwise_step if kind == "helpful" else reward_model.pointwise_step
+
+  def reward_model_step(state, batch):
+    return one(
+      state,
+      batch,
+      value=value,
+      optimizer=optimizer,
+      view=view,
+      end_think_id=end_think,
+      micro_batches=section["micro_batches"],
+    )
+
+  program = None
+  for i, (rows, valid) in enumerate(batches):
+    batch = put_batch(
+      this, _batch(kind, [data["train"][r] for r in rows], valid, encode)
+    )
+    if program is None:
+      program = compiled(
+        this, reward_model_step, state, batch, donate=(0,), out_shardings=(layout, None)
+      )
+    with this.clock.phase("train"):
+      state, figures = program(state, batch)
+      figures = {k: float(v) for k, v in figures.items()}
+    this.metrics.write({"phase": kind, "step": i + 1, **figures})
+    this.progress.update(kind, i + 1, len(batches), accuracy=figures["accuracy"])
+  save_weights(folder / kind, (state.params, state.router))
+
+  def scores(rows: Sequence[tuple[str, str]]) -> np.ndarray:
+    def score(params, router, part):
+      return reward_model.score(value, params, router, part, view, end_think)
+
+    size, found, run = section["rows"], [], None
+    for i in range(0, len(rows), size):
+      part = list(rows[i : i + size])
+      filled = put_batch(this, encode(part + part[:1] * (size - len(part))))
+      run = run or compiled(this, score, state.params, state.router, filled)
+      found.append(np.asarray(run(state.params, state.router, filled))[: len(part)])
+    return np.concatenate(found)
+
+  return evaluated(kind, data["held_out"], scores)
+
+
+def evaluated(
+  kind: str, rows: list, scores: Callable[[Sequence[tuple[str, str]]], np.ndarray]
+) -> dict:
+  """Accuracy, or AUC, and calibration on held-out data."""
+  if kind == "helpful":
+    chosen = scores([(r.prompt, r.chosen) for r in rows])
+    rejected = scores([(r.prompt, r.rejected) for r in rows])
+    # Half of the pairs the other way round, so that there is something to predict.
+    flip = np.arange(len(rows)) % 2 == 1
+    margin, positive = np.where(flip, rejected - chosen, chosen - rejected), ~flip
+    figures = {"accuracy": calibration.pairwise_accuracy(chosen, rejected)}
+  else:
+    margin = scores([(r.prompt, r.response) for r in rows])
+    positive = np.array([r.safe for r in rows])
+    figures = {
+      "auc": calibration.auc(margin, positive),
+      "accuracy": float(np.mean((margin > 0) == positive)),
+    }
+  p = 1 / (1 + np.exp(-margin.astype(np.float64)))
+  return {
+    **figures,
+    "held_out": len(rows),
+    "calibration_error": calibration.expected_calibration_error(p, positive),
+    "brier": calibration.brier_score(p, positive),
+    "reliability": [row._asdict() for row in calibration.reliability(p, positive)],
+  }
+
+
+def _longest(data: Mapping[str, list], tokenizer: Tokenizer) -> int:
+  """Tokens of the longest response, EOS included, in fours."""
+  texts = [
+    getattr(row, name)
+    for rows in data.values()
+    for row in rows
+    for name in ("chosen", "rejected", "response")
+    if hasattr(row, name)
+  ]
+  return -(-(1 + max(map(len, tokenizer.encode_batch(texts)))) // 4) * 4
+
+
+def _batches(
+  rows: list, section: Mapping, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """(rows, which of them count) of every update: whole epochs, each in a new order; the
+  last batch of one is filled up with rows that have no loss."""
+  size, found = section["rows"], []
+  for epoch in range(section["epochs"]):
+    order = np.random.default_rng((seed, epoch)).permutation(len(rows))
+    for i in range(0, len(order), size):
+      part = order[i : i + size]
+      valid = np.arange(size) < len(part)
+      found.append((np.resize(part, size), valid))
+  return found
+
+
+def _batch(kind: str, rows: list, valid: np.ndarray, encode: Any) -> Pairs | Labelled:
+  if kind == "helpful":
+    chosen = encode([(r.prompt, r.chosen) for r in rows])
+    return Pairs(chosen, encode([(r.prompt, r.rejected) for r in rows]), valid)
+  said = encode([(r.prompt, r.response) for r in rows])
+  return Labelled(said, np.array([r.safe for r in rows]), valid)

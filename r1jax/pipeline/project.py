@@ -1,0 +1,194 @@
+"""What stages share: world, tokenizer, shapes; and how a stage becomes a run of its
+own."""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+import rich.console
+
+from r1jax import settings, train_state
+from r1jax.checkpoint import Checkpoints
+from r1jax.data import world as worlds
+from r1jax.data.problem import Problem
+from r1jax.data.tokenizer import Tokenizer
+from r1jax.metrics import MetricsFile
+from r1jax.models.policy import Policy
+from r1jax.optimizer import OptimizerConfig, make_optimizer
+from r1jax.progress import Clock, Progress
+from r1jax.prompts import PromptBatch
+from r1jax.run import Run, make_pages, rule_reward
+
+Weights = tuple[Any, Any]  # (params, router)
+
+
+def with_changes(config: ConfigDict, changes: Mapping) -> ConfigDict:
+  """The config with some keys changed, as a stage says.
+
+  Raises:
+    KeyError: the config has no such key.
+  """
+  found = config.copy_and_resolve_references().unlock()
+
+  def put(into: ConfigDict, values: Mapping) -> None:
+    for key, value in values.items():
+      if key not in into and key != "ppo":
+        raise KeyError(f"a stage changes {key!r}, which is no key of the config")
+      if isinstance(value, Mapping | ConfigDict) and key in into:
+        put(into[key], value)
+      else:
+        into[key] = value
+
+  put(found, changes)
+  return found.lock()
+
+
+@dataclasses.dataclass
+class Project:
+  """A pipeline in its workdir."""
+
+  config: ConfigDict
+  workdir: pathlib.Path
+  mesh: jax.sharding.Mesh
+  console: rich.console.Console
+
+  def __post_init__(self):
+    self._programs: dict = {}
+
+  @functools.cached_property
+  def world(self) -> worlds.World:
+    c = self.config
+    task = worlds.make_task(c.task, c)
+    return worlds.make_world(task, counts=c.counts.to_dict(), given=c.data, seed=c.seed)
+
+  @functools.cached_property
+  def pages(self) -> list[str]:
+    """A sample of the corpus, that shapes are fitted to."""
+    made = make_pages(self.config, self.world, count=5000)
+    return [prompt + page for prompt, page in made]
+
+  @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    return Tokenizer.load(self.workdir / "world" / "tokenizer.model")
+
+  @functools.cached_property
+  def page(self) -> int:
+    """Tokens of the longest page, with its prompt, BOS and EOS."""
+    return 2 + max(map(len, self.tokenizer.encode_batch(self.pages)))
+
+  @functools.cached_property
+  def windows(self) -> list[tuple[int, int]]:
+    made = make_pages(self.config, self.world, count=5000)
+    pages = [page for _, page in made]
+    longest = 1 + max(map(len, self.tokenizer.encode_batch(pages)))
+    return settings.windows(self.config, longest)
+
+  @functools.cached_property
+  def prompt_length(self) -> int:
+    w, d = self.world, self.config.data
+    asked = [*w.pretrain, *w.train, *w.held_out, *w.requests, *w.held_out_requests]
+    how = dict(template=d.template, prefill_think=d.prefill_think)
+    return worlds.longest_prompt(asked, self.tokenizer, **how)
+
+  def policy(self, model: Mapping) -> Policy:
+    """Of the config's `model`, or a student's."""
+    config = with_changes(self.config, {"model": model})
+    return Policy(settings.policy_config(config, self.tokenizer.vocab))
+
+  def encode(self, problems: Sequence[Problem]) -> PromptBatch:
+    d = self.config.data
+    return worlds.encode_problems(
+      list(problems),
+      self.tokenizer,
+      template=d.template,
+      prefill_think=d.prefill_think,
+      prompt_length=self.prompt_length,
+    )
+
+  def program(self, key: tuple, make: Any) -> Any:
+    """A compiled program that several stages run."""
+    if key not in self._programs:
+      self._programs[key] = make()
+    return self._programs[key]
+
+  @contextlib.contextmanager
+  def run(
+    self,
+    folder: pathlib.Path,
+    changes: Mapping,
+    *,
+    asked: Sequence[Problem] = (),
+    model: Mapping | None = None,
+    **parts: Any,
+  ) -> Iterator[Run]:
+    """A stage as a run: its config, its files, what it asks.
+
+    Args:
+      folder: the stage's.
+      changes: keys of the config that the stage sets otherwise.
+      asked: problems of RL; the held-out sums are evaluated on.
+      model: keys of config.model that a student changes.
+      parts: of the Run, such as its reward and judges.
+    """
+    c = with_changes(self.config, changes)
+    kept = self.world.held_out[: c.eval.problems]
+    reward = parts.pop("reward", None) or rule_reward(c, self.tokenizer, list(asked))
+    with Progress(self.console) as progress:
+      yield Run(
+        config=c,
+        workdir=folder,
+        mesh=self.mesh,
+        clock=Clock(),
+        progress=progress,
+        metrics=MetricsFile(folder / "metrics.jsonl"),
+        samples=MetricsFile(folder / "samples.jsonl"),
+        traces=MetricsFile(folder / "tokens.jsonl"),
+        world=self.world,
+        tokenizer=self.tokenizer,
+        policy=self.policy(model or {}),
+        train=self.encode(asked) if asked else None,
+        held_out=self.encode(kept),
+        held_out_problems=kept,
+        page=self.page,
+        windows=settings.windows(c, self.windows[0][1] * 8 // 9),
+        host_reward=None,
+        reward=reward,
+        **parts,
+      )
+
+
+# -- weights between stages ----------------------------------------------------
+
+
+def save_weights(folder: pathlib.Path, weights: Weights) -> None:
+  checkpoints = Checkpoints(folder, keep=1)
+  if checkpoints.latest() is None:
+    checkpoints.save(0, dict(params=weights[0], router=weights[1]), {"version": 1})
+  checkpoints.close()
+
+
+def load_weights(folder: pathlib.Path, network: Any, mesh: Any) -> Weights:
+  """(params, router) as arrays on the mesh.
+
+  Args:
+    folder: where `save_weights` put them.
+    network: a Policy or a Value of their shapes.
+    mesh: to put them on.
+  """
+  optimizer = make_optimizer(OptimizerConfig(learning_rate=0.0, steps=1))
+  layout = train_state.shardings(network, optimizer, mesh, reference=False)
+  begin = functools.partial(train_state.create, network, optimizer, reference=False)
+  shapes = jax.eval_shape(begin, jax.random.key(0))
+  checkpoints = Checkpoints(folder, keep=1)
+  found = checkpoints.restore(
+    0,
+    {"params": shapes.params, "router": shapes.router},
+    {"params": layout.params, "router": layout.router},
+  )
+  checkpoints.close()
+  return found["params"], found["router"]

@@ -1,0 +1,101 @@
+"""Samples of a policy, written chunk by chunk, so that a killed stage goes on."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+
+from r1jax import rollout
+from r1jax.data.problem import Problem
+from r1jax.evals import generate
+from r1jax.metrics import MetricsFile
+from r1jax.pipeline.project import Project, Weights
+from r1jax.run import Run, compiled, put_batch, take
+
+CHUNK, GROUP = 64, 4  # problems and samples of each that one program draws
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """How is sampled."""
+
+  temperature: float = 1.0
+  top_p: float = 1.0
+
+
+def sample(
+  project: Project,
+  this: Run,
+  weights: Weights,
+  problems: Sequence[Problem],
+  path: pathlib.Path,
+  *,
+  samples: int,
+  decoding: Decoding,
+  model: Mapping | None = None,
+) -> tuple[list[list[str]], int]:
+  """Completions of every problem.
+
+  Args:
+    project, this: the pipeline and the stage that samples.
+    weights: of the policy `this.policy`.
+    problems: what is asked.
+    path: of the JSONL file, a line a chunk; what stands there is not sampled again.
+    samples: of each problem, a multiple of GROUP.
+    decoding: temperature and nucleus.
+    model: what tells this policy's shape from others'.
+
+  Returns:
+    (texts [problems][samples], the tokens that were sampled).
+  """
+  file, rounds = MetricsFile(path), samples // GROUP
+  assert samples == rounds * GROUP
+  file.roll_back({})  # drops the half line of a kill
+  done = {row["step"]: row for row in file.rows()}
+  places = [
+    np.arange(i, i + CHUNK) % len(problems) for i in range(0, len(problems), CHUNK)
+  ]
+  left = [n for n in range(len(places) * rounds) if n not in done]
+  if left:
+    encoded = project.encode(problems)
+    # Answers have no say in sampling; without them all problems share one program.
+    encoded = encoded.replace(answers=np.full((len(problems), 1, 1), -1, np.int32))
+  for n in left:
+    part, turn = places[n % len(places)], n // len(places)
+    batch = put_batch(this, take(encoded, part))
+    key = jax.random.fold_in(jax.random.key(this.config.seed + 7), turn)
+
+    def draw(params, router, prompts, key):
+      said = rollout.sample(
+        this.policy,
+        params,
+        router,
+        prompts,
+        key,
+        group_size=GROUP,
+        max_tokens=this.windows[-1][1],
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        stop_ids=this.stop_ids,
+        pad_id=this.tokenizer.pad_id,
+      )
+      return said.spoken()
+
+    name = ("sample", decoding, str(model), this.windows[-1][1])
+    program = project.program(
+      name, lambda b=batch, k=key, f=draw: compiled(this, f, *weights, b, k)
+    )
+    said = jax.device_get(program(*weights, batch, key))
+    count = min(CHUNK, len(problems) - int(part[0]))
+    texts = generate.texts_of(said, this.tokenizer)[:count]
+    tokens = int(said.mask[:count].sum())
+    done[n] = {"phase": "sample", "step": n, "texts": texts, "tokens": tokens}
+    file.write(done[n])
+    this.progress.update("sample", len(done), len(places) * rounds)
+  texts: list[list[str]] = [[] for _ in problems]
+  for n in range(len(places) * rounds):
+    for place, group in zip(places[n % len(places)], done[n]["texts"], strict=False):
+      texts[place] += group
+  return texts, sum(row["tokens"] for row in done.values())

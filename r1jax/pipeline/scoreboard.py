@@ -1,0 +1,323 @@
+"""The result: R1's Table 3 in miniature, the paper's directions, and a plot."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+import random
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import rich.console
+import rich.table
+from scipy import stats
+
+from r1jax.data.problem import Problem
+from r1jax.evals.report_card import ROWS, Card, interval
+from r1jax.metrics import MetricsFile, write_json
+from r1jax.pipeline.project import Project
+from r1jax.pipeline.sampling import Decoding, sample
+
+# Column -> (stage whose weights it is, whether they are the student's).
+COLUMNS = {
+  "base": ("base", False),
+  "Zero": ("zero", False),
+  "Dev1": ("sft_1", False),
+  "Dev2": ("rl_1", False),
+  "Dev3": ("sft_3", False),
+  "R1": ("rl_2", False),
+  "student base": ("student_base", True),
+  "distilled": ("distill", True),
+  "student RL": ("student_rl", True),
+  "PPO": ("ppo", False),
+}
+ABLATIONS = {
+  "Dev2, no language reward": ("rl_1_no_language", False),
+  "R1, uncapped": ("rl_2_uncapped", False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Direction:
+  """A claim of the paper: `row` of `better` minus that of `worse` is above `least`."""
+
+  claim: str
+  row: str
+  better: str
+  worse: str
+  least: float = 0.0
+
+
+DIRECTIONS = (
+  Direction("RL with rules teaches reasoning", "reasoning", "Zero", "base"),
+  Direction("cold start: instructions above Zero", "instruction", "Dev1", "Zero"),
+  Direction("cold start: format above Zero", "format", "Dev1", "Zero"),
+  Direction("cold start: reasoning below Zero", "reasoning", "Zero", "Dev1"),
+  Direction("RL stage 1 recovers reasoning", "reasoning", "Dev2", "Dev1"),
+  Direction("with the language reward consistency rises", "language", "Dev2", "Dev1"),
+  Direction("without it, it falls: Zero below its base", "language", "base", "Zero"),
+  Direction("stage 2 raises helpfulness", "helpfulness", "R1", "Dev3"),
+  Direction("stage 2 raises safety", "safety", "R1", "Dev3"),
+  Direction("stage 2 keeps reasoning to 2 points", "reasoning", "R1", "Dev3", -0.02),
+  Direction(
+    "distilled above RL on the student", "reasoning", "distilled", "student RL"
+  ),
+  Direction("PPO with lambda 1 comes near GRPO", "reasoning", "PPO", "Zero", -0.02),
+)
+OF_ABLATIONS = (
+  Direction(
+    "without the language reward consistency falls",
+    "language",
+    "Dev1",
+    "Dev2, no language reward",
+  ),
+  Direction(
+    "the language reward makes the difference",
+    "language",
+    "Dev2",
+    "Dev2, no language reward",
+  ),
+  Direction("uncapped: helpfulness below R1", "helpfulness", "R1", "R1, uncapped"),
+  Direction("uncapped: reasoning below R1", "reasoning", "R1", "R1, uncapped"),
+)
+
+
+def columns(config: Mapping) -> dict[str, tuple[str, bool]]:
+  return {**COLUMNS, **(ABLATIONS if config["ablations"] else {})}
+
+
+def sets_of(project: Project) -> dict[str, list[Problem]]:
+  """The prompts of the table's rows: held-out sums, the same with instructions, and
+  held-out requests."""
+  world, rng = project.world, random.Random(11)
+  sums = world.held_out[: project.config.report.problems]
+  return {
+    "sums": sums,
+    "instructed": [world.task.instruct(p, rng) for p in sums[: len(sums) // 2]],
+    **{
+      kind: [p for p in world.held_out_requests if p.domain == kind]
+      for kind in ("helpful", "safety")
+    },
+  }
+
+
+def run(
+  project: Project,
+  folder: pathlib.Path,
+  inputs: Mapping[str, pathlib.Path],
+  weights: Callable,
+) -> dict:
+  """Samples every column and leaves report.json, report.md and report.png."""
+  c, prompts = project.config, sets_of(project)
+  r, cards = c.report, {}
+  every = [p for rows in prompts.values() for p in rows]
+  for column, (stage, is_student) in columns(c).items():
+    model = c.student.model if is_student else None
+    with project.run(folder, {}, model=model) as this:
+      this.progress.say(f"report: {column}")
+      texts, _ = sample(
+        project,
+        this,
+        weights(inputs[stage], model),
+        every,
+        folder / f"{stage}.jsonl",
+        samples=r.samples,
+        decoding=Decoding(r.temperature, r.top_p),
+        model=model,
+      )
+    cards[column] = card_of(prompts, texts)
+  figures = summary(cards, c.ablations)
+  figures["reward_hacking"] = hacking(inputs)
+  write_json(folder / "report.json", figures)
+  (folder / "report.md").write_text(markdown(figures), encoding="utf-8")
+  plot(folder / "report.png", figures, f"R1 in miniature, seed {c.seed}")
+  return {
+    column: {row: round(cell["mean"], 4) for row, cell in cells.items()}
+    for column, cells in figures["table"].items()
+  }
+
+
+def card_of(prompts: Mapping[str, list[Problem]], texts: list[list[str]]) -> Card:
+  """Args: the sets, and the samples of all their prompts in a row."""
+  said, at = {}, 0
+  for name, rows in prompts.items():
+    said[name] = rows, texts[at : at + len(rows)]
+    at += len(rows)
+  return Card.of(said)
+
+
+def summary(cards: Mapping[str, Card], ablations: bool) -> dict:
+  """{"table": column -> row -> mean and interval, "directions": [...]}."""
+  table = {
+    column: {
+      row: {"mean": card.mean(row), "interval": interval(card.scores[row])}
+      for row in ROWS
+    }
+    for column, card in cards.items()
+  }
+  found = []
+  for d in DIRECTIONS + (OF_ABLATIONS if ablations else ()):
+    gaps = cards[d.better].scores[d.row] - cards[d.worse].scores[d.row]
+    low, high = interval(gaps)
+    gap = float(gaps.mean())
+    found.append(
+      {
+        **dataclasses.asdict(d),
+        "gap": gap,
+        "interval": (low, high),
+        "prompts": len(gaps),
+        "seen": verdict(gap, low, high, d.least),
+      }
+    )
+  return {"table": table, "directions": found}
+
+
+def verdict(gap: float, low: float, high: float, least: float) -> str:
+  """What an interval of a paired difference says of a direction."""
+  if low > least or (least < 0 and low >= least):
+    return "yes"
+  if high < least:
+    return "no: the other way"
+  return "not clearly" if gap > least else "no"
+
+
+def hacking(inputs: Mapping[str, pathlib.Path]) -> dict:
+  """Proxy against rules in RL stage 2: the reward model's mean on its training prompts
+  in the first and last quarter of the updates with requests, and pass@1 on held-out
+  sums before and after them."""
+  found = {}
+  for name in ("rl_2", "rl_2_uncapped"):
+    if name not in inputs:
+      continue
+    metrics = MetricsFile(inputs[name] / "metrics.jsonl")
+    asked = [r for r in metrics.phase("rl") if r.get("reward_model")]
+    evals = metrics.phase("eval")
+    if not asked:
+      continue
+    quarter = max(len(asked) // 4, 1)
+    before = [r for r in evals if r["step"] < asked[0]["step"]]
+    found[name] = {
+      "updates": asked[-1]["step"] - asked[0]["step"],
+      "proxy_first": float(np.mean([r["reward_model"] for r in asked[:quarter]])),
+      "proxy_last": float(np.mean([r["reward_model"] for r in asked[-quarter:]])),
+      "rule_before": before[-1]["pass_at_1"],
+      "rule_after": evals[-1]["pass_at_1"],
+    }
+  return found
+
+
+def over_seeds(paths: Sequence[pathlib.Path]) -> dict:
+  """Reports of several seeds as one: means over seeds, with intervals from their spread
+  (mean +- t s / sqrt n, 95 %).
+
+  Raises:
+    ValueError: a single seed has no spread.
+  """
+  if len(paths) < 2:
+    raise ValueError("one seed has no spread; give two or more")
+  reports = [json.loads(path.read_text()) for path in paths]
+  first = reports[0]
+  table = {
+    column: {
+      row: _spread([r["table"][column][row]["mean"] for r in reports])
+      for row in first["table"][column]
+    }
+    for column in first["table"]
+  }
+  found = []
+  for i, d in enumerate(first["directions"]):
+    spread = _spread([r["directions"][i]["gap"] for r in reports])
+    gap, (low, high) = spread["mean"], spread["interval"]
+    seen = verdict(gap, low, high, d["least"])
+    found.append({**d, "gap": gap, "interval": (low, high), "seen": seen})
+  hacked = {
+    name: {
+      key: float(np.mean([r["reward_hacking"][name][key] for r in reports]))
+      for key in first["reward_hacking"][name]
+    }
+    for name in first["reward_hacking"]
+  }
+  return {"table": table, "directions": found, "reward_hacking": hacked}
+
+
+def _spread(values: Sequence[float]) -> dict:
+  n, mean = len(values), float(np.mean(values))
+  half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1)) / n**0.5
+  return {"mean": mean, "interval": (mean - half, mean + half), "seeds": list(values)}
+
+
+# -- for people ----------------------------------------------------------------
+
+
+def cell_text(cell: Mapping) -> str:
+  low, high = cell["interval"]
+  return f"{100 * cell['mean']:.1f} ±{50 * (high - low):.1f}"
+
+
+def markdown(figures: Mapping) -> str:
+  """The table and the directions as Markdown."""
+  table = figures["table"]
+  lines = ["| | " + " | ".join(table) + " |", "|---|" + "---|" * len(table)]
+  for row, (_, _, about) in ROWS.items():
+    cells = [cell_text(table[column][row]) for column in table]
+    lines.append(f"| {row}: {about} | " + " | ".join(cells) + " |")
+  lines += ["", "| the paper says | here | points | seen |", "|---|---|---|---|"]
+  for d in figures["directions"]:
+    low, high = d["interval"]
+    least = f" (above {100 * d['least']:.0f})" if d["least"] else ""
+    lines.append(
+      f"| {d['claim']} | {d['row']}: {d['better']} - {d['worse']}{least} |"
+      f" {100 * d['gap']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] | {d['seen']} |"
+    )
+  return "\n".join(lines) + "\n"
+
+
+def show_file(console: rich.console.Console, path: pathlib.Path) -> None:
+  show(console, json.loads(path.read_text()))
+
+
+def show(console: rich.console.Console, figures: Mapping) -> None:
+  """The table and the directions in the terminal; a narrow one gets the table on its
+  side."""
+  found = {
+    column: {row: f"{100 * cells[row]['mean']:.1f}" for row in ROWS}
+    for column, cells in figures["table"].items()
+  }
+  if console.width < 14 + 9 * len(found):
+    table = rich.table.Table("percent", *ROWS)
+    for column, cells in found.items():
+      table.add_row(column, *cells.values())
+  else:
+    table = rich.table.Table("percent", *found)
+    for row in ROWS:
+      table.add_row(row, *(cells[row] for cells in found.values()))
+  console.print(table)
+  table = rich.table.Table("the paper says", "points", "seen")
+  for d in figures["directions"]:
+    low, high = d["interval"]
+    points = f"{100 * d['gap']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    table.add_row(d["claim"], points, d["seen"])
+  console.print(table)
+
+
+def plot(path: pathlib.Path, figures: Mapping, title: str) -> None:
+  """A panel a row of the table, a bar a column, with intervals."""
+  names = list(figures["table"])
+  figure, axes = plt.subplots(2, 3, figsize=(13, 7), sharex=True)
+  for axis, row in zip(axes.flat, ROWS, strict=True):
+    cells = [figures["table"][name][row] for name in names]
+    means = np.array([cell["mean"] for cell in cells])
+    ends = np.array([cell["interval"] for cell in cells]).T
+    errors = np.maximum(np.abs(ends - means), 0.0)
+    axis.bar(range(len(names)), means, yerr=errors, color="#4477aa", ecolor="#555555")
+    axis.set_title(row)
+    axis.set_ylim(0, 1)
+    axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+    axis.grid(axis="y", alpha=0.3)
+  figure.suptitle(title)
+  figure.tight_layout()
+  figure.savefig(path, dpi=110)
+  plt.close(figure)

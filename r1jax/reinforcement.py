@@ -1,0 +1,206 @@
+"""The host loop of reinforcement learning: from given weights to the last update, with
+evaluations and checkpoints on the way. R1-Zero and every RL stage of R1 run it."""
+
+from collections.abc import Iterator
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from r1jax import (
+  diagnostics,
+  grpo,
+  ppo,
+  rollout,
+  segments,
+  settings,
+  token_report,
+  train_state,
+)
+from r1jax.checkpoint import Checkpoints
+from r1jax.data import problems
+from r1jax.evals import generate
+from r1jax.evaluator import Evaluator
+from r1jax.optimizer import make_optimizer
+from r1jax.run import Run, compiled, put_batch, take
+
+
+def reinforce(
+  this: Run,
+  params: Any,
+  router: Any,
+  *,
+  stream: Iterator | None = None,
+  token_budget: int = 0,
+) -> tuple[Any, Any]:
+  """RL from given weights to the last update, with evaluations on the way.
+
+  Args:
+    this: the run; it says what is asked, and what rewards it.
+    params, router: the weights to begin with; the first reference.
+    stream: the problems of each rollout, indices of this.train, with get_state and
+      set_state; None: all of them, shuffled again and again.
+    token_budget: sampled tokens, with which it ends; 0: there is none.
+
+  Returns:
+    (params, router) after the last update.
+  """
+  c = this.config
+  begin, shardings = beginning(this)
+  if stream is None:
+    pool = c.prompts * settings.objective(c).pool
+    stream = problems.stream(len(this.train.ids), pool, seed=c.seed)
+  key = jax.random.fold_in(jax.random.key(c.seed), 1)
+  checkpoints = Checkpoints(this.workdir / "checkpoints" / "rl")
+  step = checkpoints.latest() or 0
+  if step:
+    shapes = jax.eval_shape(begin, params, router)
+    state = checkpoints.restore(step, shapes, shardings)
+    host = checkpoints.restore_host(step)
+    this.clock.restore(host["clock"])
+    stream.set_state(host["stream"])
+    this.progress.say(f"rl: continuing from update {step}")
+  else:
+    state = compiled(this, begin, params, router, out_shardings=shardings)(
+      params, router
+    )
+  done = {"pretrain": c.pretrain.steps, "rl": step, "eval": step if step else -1}
+  for file in (this.metrics, this.samples, this.traces):
+    file.roll_back(done)
+
+  evaluate = Evaluator(this, (params, router), state)
+  if not step:
+    evaluate(state, 0)
+  programs = {}
+  pending = None  # the step whose figures are still on their way
+  last = token_budget and sampled_tokens(this) >= token_budget
+  while step < c.steps and not last:
+    window = settings.window_at(this.windows, step)
+    with this.clock.phase("rl"):
+      batch = put_batch(this, take(this.train, np.asarray(next(stream))))
+    if window not in programs:
+      programs[window] = make_step(this, window, state, batch, key)
+    with this.clock.phase("rl"):
+      state, said, figures, trace = programs[window](state, batch, key, this.judges)
+      step += c.grpo.minibatches
+      if pending is not None:
+        record(this, *pending)
+      pending = (step, said, figures, trace)
+      last = step == c.steps
+      if token_budget:
+        record(this, *pending)
+        pending = None
+        last = last or sampled_tokens(this) >= token_budget
+      if pending and (
+        last or step % c.eval.every == 0 or step % c.checkpoint_every == 0
+      ):
+        record(this, *pending)
+        pending = None
+    if this.host_reward:
+      this.host_reward.check(float(figures["outcome_infrastructure"]))
+    if last or step % c.eval.every == 0:
+      evaluate(state, step)
+      rows, drop = this.metrics.phase, c.reward.alarm.hacking
+      if warning := diagnostics.hacked(rows("rl"), rows("eval"), drop):
+        this.progress.say(f"update {step}: {warning}")
+    if last or step % c.checkpoint_every == 0:
+      with this.clock.phase("save"):
+        host = {"stream": stream.get_state(), "clock": this.clock.state()}
+        checkpoints.save(step, state, host)
+  checkpoints.close()
+  return state.params, state.router
+
+
+def sampled_tokens(this: Run) -> int:
+  """All that RL has sampled so far."""
+  rows = this.metrics.phase("rl")
+  return round(sum(row["length"] * row["samples"] for row in rows))
+
+
+def beginning(this: Run) -> tuple[Any, Any]:
+  """(function of the base's (params, router) to a first state, its shardings)."""
+  c = this.config
+  optimizer = make_optimizer(settings.optimizer_config(c))
+  how = dict(reference=settings.objective(c).needs_reference)
+  if "ppo" not in c:
+    begin = functools.partial(train_state.restart, optimizer=optimizer, **how)
+    return begin, train_state.shardings(this.policy, optimizer, this.mesh, **how)
+  how["value_optimizer"] = make_optimizer(settings.value_optimizer_config(c))
+  begin = functools.partial(ppo.restart, optimizer=optimizer, **how)
+  return begin, ppo.shardings(this.policy, optimizer, mesh=this.mesh, **how)
+
+
+def make_step(this: Run, window: int, state, batch, key) -> Any:
+  """The step for one output window: one program, or segments of it."""
+  c = this.config
+  parts = dict(
+    policy=this.policy,
+    optimizer=make_optimizer(settings.optimizer_config(c)),
+    config=settings.step_config(c, window),
+    stop_ids=this.stop_ids,
+    pad_id=this.tokenizer.pad_id,
+  )
+  # The state comes back laid out as it went in.
+  layout = jax.tree.map(lambda x: x.sharding, state)
+  if c.segment_tokens:
+    pieces = segments.make_segments(
+      segment_tokens=c.segment_tokens,
+      state_shardings=layout,
+      reward_fn=judged(this, this.judges),
+      **parts,
+    )
+    return lambda state, batch, key, _: pieces(state, batch, key)
+  learn = grpo.whole_step
+  if "ppo" in c:
+    learn = ppo.whole_step
+    parts["value_optimizer"] = make_optimizer(settings.value_optimizer_config(c))
+
+  def whole_step(state, batch, key, judges):
+    return learn(state, batch, key, reward_fn=judged(this, judges), **parts)
+
+  out = layout, None, None, None
+  args = state, batch, key, this.judges
+  return compiled(this, whole_step, *args, donate=(0,), out_shardings=out)
+
+
+def judged(this: Run, judges: Any) -> Any:
+  """The run's reward function, with the weights of its reward models if it has some."""
+  if judges is None:
+    return this.reward
+  return functools.partial(this.reward, judges=judges)
+
+
+def record(
+  this: Run, step: int, said: rollout.Rollout, figures: dict, trace: diagnostics.Trace
+) -> None:
+  """Writes a step's figures, and now and then its tokens; the reflection words are
+  counted in the text of the groups that were trained on."""
+  if "first_rl_step" not in this.clock.seconds:
+    jax.block_until_ready(said)
+    this.clock.seconds["first_rl_step"] = this.clock.elapsed
+  texts = [t for group in generate.texts_of(said, this.tokenizer) for t in group if t]
+  figures = {name: float(value) for name, value in figures.items()}
+  drawn = figures["waves"] * this.config.prompts * this.config.grpo.group_size
+  figures["samples"] = drawn
+  for sentence in diagnostics.alarms(figures, this.config.reward.alarm):
+    this.progress.say(f"update {step}: {sentence}")
+  counted = [generate.reflections(t) for t in texts]
+  figures["reflection_rate"] = float(np.mean(counted)) if counted else 0.0
+  this.metrics.write({"phase": "rl", "step": step, **figures})
+  every = this.config.eval.every
+  if this.config.grpo.traced_groups and step % every in (
+    0,
+    this.config.grpo.minibatches,
+  ):
+    group = this.config.grpo.group_size
+    for row in token_report.rows(trace, this.tokenizer, group):
+      this.traces.write({"phase": "rl", "step": step, **row})
+  this.progress.update(
+    "rl",
+    step,
+    this.config.steps,
+    reward=figures["reward"],
+    accuracy=figures["accuracy"],
+    length=figures["length"],
+  )
