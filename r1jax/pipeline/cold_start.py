@@ -6,7 +6,6 @@ traces are what Dev1 is fine-tuned on, from the base.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import json
 import pathlib
 import random
 
@@ -41,7 +40,7 @@ def readable(section: Mapping) -> list[filters.Filter]:
   """The filters of cold-start data, by a config's thresholds."""
   return [
     ("wrong", filters.correct),
-    ("misformatted", filters.formatted("chat")),
+    ("misformatted", filters.formatted("tags")),  # Zero's own
     ("repetitive", filters.unrepeated(section["most_repetition"])),
     ("mixed", filters.in_one_language(section["least_consistency"])),
   ]
@@ -70,9 +69,10 @@ def collect(
   chosen = first_of_each(kept, section["keep"])[: section["most"]]
   rewriter = hooks.load(section["rewriter"], REWRITERS, "cold_start.rewriter")
   refined = [_refined(trace, rewriter) for trace in chosen]
+  least = 1.0 if rewriter else section["least_consistency"]
   last = [
     ("still_wrong", filters.correct),
-    ("still_mixed", filters.in_one_language(1.0)),
+    ("still_mixed", filters.in_one_language(least)),
   ]
   written, after = filters.sift(refined, last, of="cold start, rewritten")
   traces.write(folder / "traces.jsonl", written)
@@ -97,7 +97,7 @@ def _refined(trace: Trace, rewriter: Rewriter | None) -> Trace:
   text = rewriter(trace.completion, trace.problem)
   if not isinstance(text, str) or not text.strip():
     raise UserError(
-      f"the rewriter of cold_start.rewriter gave {json.dumps(text)} for the problem"
+      f"the rewriter of cold_start.rewriter gave {text!r} for the problem"
       f" {trace.problem.problem[:60]!r}; it must return the new completion, a text."
     )
   return Trace(trace.problem, text, "zero, rewritten")

@@ -28,8 +28,8 @@ def load(spec: str, ours: Mapping[str, Any], key: str) -> Any:
       " FILE.py:function."
     )
   found = load_rules(spec)
-  if len(found) != 1:
-    raise UserError(f"config.{key}={spec!r} must name one function.")
+  if len(found) != 1 or "=" in spec:
+    raise UserError(f"config.{key}={spec!r} must name one function, without a weight.")
   return checked(next(iter(found.values()))[1], spec)
 
 
@@ -39,7 +39,7 @@ def checked(function: Callable, spec: str) -> Callable:
   def call(*args: Any) -> Any:
     try:
       return function(*args)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       raise UserError(
         f"{spec} failed with {type(error).__name__}: {error}. Mend it and give the same"
         " command again; what was sampled is kept."

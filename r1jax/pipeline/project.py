@@ -37,7 +37,8 @@ def with_changes(config: ConfigDict, changes: Mapping) -> ConfigDict:
 
   def put(into: ConfigDict, values: Mapping) -> None:
     for key, value in values.items():
-      if key not in into and key != "ppo":
+      # A section `ppo` is what turns a run into one of PPO.
+      if key not in into and not (key == "ppo" and into is found):
         raise KeyError(f"a stage changes {key!r}, which is no key of the config")
       if isinstance(value, Mapping | ConfigDict) and key in into:
         put(into[key], value)

@@ -97,11 +97,12 @@ def non_reasoning(
     pool = traces.read(pathlib.Path(section["general_data"]))
     return [rng.choice(pool) for _ in range(count)]
   task = project.world.task
-  if not isinstance(task, Assistant):
+  if not isinstance(task, Assistant) or not project.world.requests:
     raise UserError(
       f"config.rejection.general_weight={section['general_weight']} mixes in"
-      f" non-reasoning data, and the task {project.config.task!r} has none. Name a file"
-      " of traces in config.rejection.general_data, or set the weight to 0."
+      f" non-reasoning data, and of the task {project.config.task!r} with the problems"
+      " that were given there is none. Name a file of traces in"
+      " config.rejection.general_data, or set the weight to 0."
     )
   chosen = [rng.choice(project.world.requests) for _ in range(count)]
   return [Trace(p, task.curated(p, rng), "pool") for p in chosen]

@@ -26,6 +26,11 @@ def check(config: ConfigDict) -> None:
       "config.pretrain.steps=0: the stages begin with a base, and r1jax cannot read a"
       " published one. Set pretrain.steps to train one on the task's pages."
     )
+  if c.data.prefill_think:
+    raise UserError(
+      "config.data.prefill_think=True: traces of the stages hold their whole thinking,"
+      " its first tag included. Set it to False."
+    )
   if c.reward.host:
     raise UserError(
       "config.reward.host=True: the stages read their rewards in the graph. Set it to"

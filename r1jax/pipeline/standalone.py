@@ -18,6 +18,7 @@ from r1jax.metrics import write_json
 from r1jax.pipeline import calibration_plot, distill, preference_models, scoreboard
 from r1jax.pipeline.graph import MANIFEST
 from r1jax.pipeline.project import Project, load_weights
+from r1jax.pipeline.run import check
 from r1jax.pipeline.sampling import Decoding, sample
 from r1jax.pipeline.stages import SHARED
 
@@ -30,6 +31,7 @@ def opened(config: ConfigDict, source: str, workdir: pathlib.Path, *needs: str):
     UserError: no pipeline there, one of another config, a stage that is not done, or a
       folder that holds a finished result.
   """
+  check(config)
   if not source:
     raise UserError("--from=DIR is needed: the workdir of python -m experiments.r1.")
   folder = pathlib.Path(source).resolve()

@@ -476,31 +476,31 @@ CAT = Problem("tell me of cat", (), language="en", domain="helpful")
 MAO = Problem("说说猫", (), language="zh", domain="helpful")
 BOTH = Problem("what about cat and sea", (), language="en", domain="helpful")
 BY_HAND = [
-  (CAT, " cat soft small quick", 1.0),
-  (CAT, " cat quick soft", 2 / 3),
+  (CAT, " cat soft small shy", 1.0),
+  (CAT, " cat shy soft", 2 / 3),
   (CAT, " cat small", 1 / 3),
   (CAT, " cat", 0.0),
   (CAT, " cat soft soft soft", 0.0),  # 1 - 2 / 2
   (CAT, " cat soft small small", 1.5 / 3),
   (CAT, " cat soft small loud", 1.5 / 3),
   (CAT, " cat loud hot far", 0.0),  # never below
-  (CAT, " cat软小快", 0.0),  # a wrong language
+  (CAT, " cat软小怯", 0.0),  # a wrong language
   (CAT, " cat soft small快", 1.5 / 3),
   (CAT, " cat soft small mix", 1.5 / 3),
-  (CAT, " cat soft small quick cat", 2.5 / 3),
+  (CAT, " cat soft small shy cat", 2.5 / 3),
   (CAT, " I can not help", 0.0),
   (CAT, "", 0.0),
-  (CAT, " soft small quick", 0.0),  # of nothing
-  (CAT, " cat soft small quick, sea", 2.5 / 3),  # not asked
-  (CAT, " cat 3 + 4 = 7 soft\n small  quick", 1.0),
-  (MAO, "猫软小快", 1.0),
-  (MAO, "猫软小 quick", 1.5 / 3),
-  (BOTH, " cat soft small quick, sea wet deep loud", 1.0),
-  (BOTH, " sea wet deep loud, cat soft small quick", 1.0),
-  (BOTH, " cat soft small quick", 0.5),  # one of them is missing
-  (BOTH, " sea wet", 1 / 6),
-  (BOTH, " cat wet deep loud, sea soft small quick", 0.0),  # of the wrong one
-  (BOTH, " cat soft, sea wet, cat small", (1.5 / 3 + 1 / 3) / 2),
+  (CAT, " soft small shy", 0.0),  # of nothing
+  (CAT, " cat soft small shy, sea", 2.5 / 3),  # not asked
+  (CAT, " cat 3 + 4 = 7 soft\n small  shy", 1.0),
+  (MAO, "猫软小怯", 1.0),
+  (MAO, "猫软小 shy", 1.5 / 3),
+  (BOTH, " cat soft small shy, sea deep wide blue", 1.0),
+  (BOTH, " sea deep wide blue, cat soft small shy", 1.0),
+  (BOTH, " cat soft small shy", 0.5),  # one of them is missing
+  (BOTH, " sea deep", 1 / 6),
+  (BOTH, " cat deep wide blue, sea soft small shy", 0.0),  # of the wrong one
+  (BOTH, " cat soft, sea deep, cat small", (1.5 / 3 + 1 / 3) / 2),
 ]
 
 
@@ -511,17 +511,17 @@ def test_helpfulness_by_hand(problem, summary, want):
 
 
 def test_what_is_told_of_a_thing_that_was_not_asked_is_no_help():
-  text = "<think> cat</think> dog soft small quick"
+  text = "<think> cat</think> dog soft small shy"
   assert notions.helpfulness(CAT, text) == 0.0
 
 
 def test_a_thing_named_in_the_wrong_language_costs_half_as_any_word_does():
-  text = "<think> cat</think>猫 soft small quick"
+  text = "<think> cat</think>猫 soft small shy"
   assert notions.helpfulness(CAT, text) == pytest.approx(2.5 / 3)
 
 
 def test_without_an_end_of_thinking_nothing_helps():
-  for text in (" cat soft small quick", "<think> cat soft small quick", ""):
+  for text in (" cat soft small shy", "<think> cat soft small shy", ""):
     assert notions.summary_of(text) == ""
     assert notions.helpfulness(CAT, text) == 0.0
   assert notions.summary_of("a</think>b</think>c") == "c"
@@ -650,7 +650,7 @@ def judge(**how):
 
 
 def reply(count):
-  return "<think> cat</think> cat" + "".join([" soft", " small", " quick"][:count])
+  return "<think> cat</think> cat" + "".join([" soft", " small", " shy"][:count])
 
 
 def test_a_judge_without_noise_prefers_the_better_reply_whichever_stands_first():
@@ -665,10 +665,10 @@ def test_a_judge_without_noise_prefers_the_better_reply_whichever_stands_first()
 
 
 def test_a_judge_reads_the_language_of_the_prompt_and_the_summary_alone():
-  ours, zh, en = judge(), "<think></think>猫软小快", "<think></think> cat soft small"
+  ours, zh, en = judge(), "<think></think>猫软小怯", "<think></think> cat soft small"
   assert ours(MAO.problem, zh, en) == "A>>B"
   assert ours(CAT.problem, zh, en) == "B>>A"
-  long = f"<think>{'cat soft small quick ' * 9}</think> cat"
+  long = f"<think>{'cat soft small shy ' * 9}</think> cat"
   assert ours(CAT.problem, long, reply(1)) == "B>>A"
 
 

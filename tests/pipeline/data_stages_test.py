@@ -234,7 +234,6 @@ READABLE = {
   "plain": f"{THOUGHT}<answer>7</answer>",
   "two lines": "<think>3 + 4\n= 7</think><answer>7</answer>",
   "lines in the answer": f"{THOUGHT}<answer>\n7\n</answer>",
-  "a box": f"{THOUGHT}it is \\boxed{{7}}",
 }
 
 
@@ -244,7 +243,9 @@ def test_what_cold_start_keeps_the_miniatures_rule_can_rewrite(name):
   trace = Trace(SUM, READABLE[name])
   assert fault_of(trace.completion, found) is None
   again = cold_start._refined(trace, assistant.rewritten)
-  assert fault_of(again.completion, found) is None
+  assert filters.formatted("chat")(again) and filters.correct(again)
+  assert filters.in_one_language(1.0)(again)
+  assert fault_of(f"{THOUGHT}it is \\boxed{{7}}", found) == "misformatted"
   assert again.problem == SUM and again.source == "zero, rewritten"
 
 
@@ -296,7 +297,8 @@ def test_cold_start_writes_right_readable_traces_in_the_askers_language(
   found = cold_start.readable(section)
   for row in rows:
     assert row.source == "zero, rewritten"
-    assert all(keeps(row) for _, keeps in found)
+    assert all(keeps(row) for name, keeps in found if name != "misformatted")
+    assert filters.formatted("chat")(row)
     assert language_consistency(row.completion, row.problem.language) == 1.0
   problems = [row.problem.problem for row in rows]
   assert max(map(problems.count, problems)) <= 2
@@ -396,7 +398,7 @@ def test_without_weight_there_are_none_whatever_the_task(tmp_path):
   chain = make_project(tmp_path, task="chain")
   none = MIXED | dict(general_weight=0.0)
   assert rejection.non_reasoning(chain, none, 40, random.Random(0)) == []
-  with pytest.raises(UserError, match=r"general_weight=0\.5.*'chain' has none.*weight"):
+  with pytest.raises(UserError, match=r"general_weight=0\.5.*'chain'.*is none.*weight"):
     rejection.non_reasoning(chain, MIXED, 40, random.Random(0))
 
 

@@ -98,7 +98,7 @@ def test_a_card_is_cut_from_the_samples_of_all_sets_in_a_row():
   }
   answer = "<think>4</think><answer>{}</answer>".format
   texts = [[answer(7)], [answer(8)], [answer(7)], [answer(7)]]
-  texts += [["<think></think> cat soft"], ["<think></think> cat small quick"], ["线"]]
+  texts += [["<think></think> cat soft"], ["<think></think> cat small shy"], ["线"]]
   card = scoreboard.card_of(rows, texts)
   assert card.scores["reasoning"].tolist() == [1, 0, 1]
   assert card.scores["instruction"].tolist() == [1]
