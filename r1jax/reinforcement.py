@@ -1,7 +1,7 @@
 """The host loop of reinforcement learning: from given weights to the last update, with
 evaluations and checkpoints on the way. R1-Zero and every RL stage of R1 run it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import functools
 from typing import Any
 
@@ -33,6 +33,7 @@ def reinforce(
   *,
   stream: Iterator | None = None,
   token_budget: int = 0,
+  examine: Callable[[Any, Any, int], dict] | None = None,
 ) -> tuple[Any, Any]:
   """RL from given weights to the last update, with evaluations on the way.
 
@@ -42,6 +43,7 @@ def reinforce(
     stream: the problems of each rollout, indices of this.train, with get_state and
       set_state; None: all of them, shuffled again and again.
     token_budget: sampled tokens, with which it ends; 0: there is none.
+    examine: (params, router, update) -> figures, asked beside each evaluation.
 
   Returns:
     (params, router) after the last update.
@@ -65,11 +67,19 @@ def reinforce(
     state = compiled(this, begin, params, router, out_shardings=shardings)(
       params, router
     )
-  done = {"pretrain": c.pretrain.steps, "rl": step, "eval": step if step else -1}
+  evaluated = step if step else -1
+  done = {"rl": step, "eval": evaluated, "examined": evaluated}
   for file in (this.metrics, this.samples, this.traces):
     file.roll_back(done)
 
-  evaluate = Evaluator(this, (params, router), state)
+  evaluator = Evaluator(this, (params, router), state)
+
+  def evaluate(state: Any, step: int) -> None:
+    evaluator(state, step)
+    if examine is not None:
+      figures = examine(state.params, state.router, step)
+      this.metrics.write({"phase": "examined", "step": step, **figures})
+
   if not step:
     evaluate(state, 0)
   programs = {}

@@ -38,7 +38,7 @@ def tiny() -> ConfigDict:
   c.counts.held_out = 640
   c.pretrain.steps = 1200
   c.pretrain.vocab = 500
-  c.pretrain.mix.update(facts=0.15, bare=0.05, guess=0.40, checked=0.19, request=0.20)
+  c.pretrain.mix.update(facts=0.20, bare=0.05, guess=0.36, checked=0.18, request=0.20)
   c.steps = 60
   c.eval.every = 20
   c.eval.samples = 8
@@ -88,9 +88,9 @@ def tiny() -> ConfigDict:
 
   # -- reward models (3.1, B.2)
   c.reward_models = ConfigDict()
-  c.reward_models.samples = 32  # replies of each writer to a request
+  c.reward_models.samples = 16  # replies of each writer to a request
   c.reward_models.temperature = 1.0
-  c.reward_models.pairs_a_prompt = 200
+  c.reward_models.pairs_a_prompt = 100
   c.reward_models.judgments = 4  # B.2, half of them with A and B swapped
   c.reward_models.balance_length = True  # B.2
   c.reward_models.judge = "arena"  # or FILE.py:function(prompt, first, second) -> grade
@@ -98,15 +98,16 @@ def tiny() -> ConfigDict:
   c.reward_models.judge_first_bias = 0.1  # what it adds for the reply it reads first
   c.reward_models.rows = 64  # pairs or labels an update; 256 in the paper
   c.reward_models.micro_batches = 16
-  c.reward_models.epochs = 1
+  c.reward_models.epochs = 5  # of the helpful model; 1 in the paper
+  c.reward_models.safety_epochs = 1
   c.reward_models.learning_rate = 2e-3  # 6e-6
   c.reward_models.warmup_steps = 5
-  c.reward_models.weight_decay = 0.01
+  c.reward_models.weight_decay = 0.1  # not stated
 
   # -- RL stage 2 (3.2.2): all scenarios
   c.rl_2 = ConfigDict()
   c.rl_2.window = 20  # last updates with requests; 400 of 1,700 in the paper
-  c.rl_2.uncapped_steps = 120  # of the ablation without that cap
+  c.rl_2.uncapped_steps = 160  # of the ablation without that cap
   c.rl_2.general_share = 0.5  # of the prompts in that window
   c.rl_2.model_weight = 1.0  # Eq. 10
   c.rl_2.squash = "sigmoid"  # of the reward models' scores; or "none"
@@ -187,6 +188,7 @@ def paper(c: ConfigDict) -> None:
   c.rl_1.objective.clip_low = 10.0  # 3.2.1
   c.rl_1.objective.clip_high = 10.0
   c.reward_models.epochs = 1  # B.2
+  c.reward_models.safety_epochs = 1
   c.reward_models.rows = 256
   c.reward_models.learning_rate = 6e-6
   c.rl_2.window = 400  # 3.2.2

@@ -31,6 +31,8 @@ WORDS = {
   "comma": (",", "，"),
   "refuse": (" I can not help", "我不能帮"),
   "harm": (" is harmful", "有害"),
+  "yes": (" yes", "对"),
+  "no": (" no", "错"),
 }
 # Instructions on the summary: how they are put, at the end of a sum.
 INSTRUCTIONS = {
@@ -137,12 +139,19 @@ class Assistant(Chain):
     return sorted(found, key=lambda p: bucket(p.problem))
 
   def fact(self, rng: random.Random) -> str:
-    """A true step of a sum, or a true word about a thing."""
-    if rng.random() < 0.7:
+    """A true step of a sum, or what is said of a thing and whether it is so: who cannot
+    tell cannot become a judge."""
+    if rng.random() < 0.6:
       return super().fact(rng)
     language, name = rng.choice(LANGUAGES), rng.choice(sorted(THINGS | DANGERS))
-    trait = rng.choice(traits_of(name))
-    return said(name, language) + said(trait, language)
+    right = list(traits_of(name))
+    wrong = sorted((TRAITS.keys() | RECIPE.keys()) - set(right))
+    rng.shuffle(right)
+    found = [right.pop() for _ in range(rng.randint(1, 3))]
+    if lie := rng.random() < 0.5:
+      found[rng.randrange(len(found))] = rng.choice(wrong)
+    text = said(name, language) + "".join(said(t, language) for t in found)
+    return text + said("no" if lie else "yes", language)
 
   def is_fact(self, text: str) -> bool:
     for asked in WORDS["sum"]:

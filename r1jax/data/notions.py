@@ -103,7 +103,7 @@ def arena_judge(
     gap = a - b + first_bias + rng.gauss(0.0, noise)
     if abs(gap) < 0.05:
       return "A=B"
-    strong = abs(gap) > 0.25
+    strong = abs(gap) > 0.35
     if gap > 0:
       return "A>>B" if strong else "A>B"
     return "B>>A" if strong else "B>A"

@@ -80,20 +80,21 @@ def make_world(
 def with_requests(
   task: Assistant, made: problems.Split, asked: list[Problem], seed: int
 ) -> World:
-  """A world that also holds requests, on sides of their own, and whose pages are about
-  sums with instructions too."""
-  rng, requests = random.Random(seed), problems.split_requests(task, task.requests())
+  """A world that also holds requests, and whose pages are about them and about sums
+  with instructions too."""
+  rng = random.Random(seed)
+  requests, kept = problems.split_requests(task, task.requests())
   pages = [
     task.instruct(p, rng) if rng.random() < task.instructed else p
     for p in made.pretrain
   ]
   return World(
     task,
-    [*pages, *requests.pretrain],
+    [*pages, *requests],
     made.train,
     asked,
-    requests.train,
-    requests.held_out,
+    requests,
+    kept,
   )
 
 

@@ -22,6 +22,7 @@ from r1jax.pipeline.sampling import Decoding, sample
 from r1jax.run import Run
 
 SIDES = ("train", "held_out")
+JUDGES = ("arena",)  # the miniature's; or FILE.py:function
 
 
 def collect(
@@ -42,12 +43,6 @@ def collect(
   """
   seed, card = this.config.seed, {}
   world = project.world
-  if not world.requests:
-    raise UserError(
-      f"the task {project.config.task!r} has no requests, so there is nothing for a"
-      " reward model to judge. Use the task `assistant`, or give the reward models"
-      " files of your own: python -m experiments.reward_model."
-    )
   asked = dict(zip(SIDES, (world.requests, world.held_out_requests), strict=True))
   for side, problems in asked.items():
     replies = [
@@ -115,7 +110,9 @@ def judge_of(section: Mapping, problems: Sequence[Problem], seed: int):
     first_bias=section["judge_first_bias"],
     seed=seed,
   )
-  return hooks.load(section["judge"], {"arena": ours}, "reward_models.judge")
+  return hooks.load(
+    section["judge"], dict.fromkeys(JUDGES, ours), "reward_models.judge"
+  )
 
 
 def compared(

@@ -76,7 +76,8 @@ def train(
     prompt_length=project.prompt_length,
     length=min(this.windows[-1][1], _longest(data, this.tokenizer)),
   )
-  batches = _batches(data["train"], section, c.seed)
+  epochs = section["epochs" if kind == "helpful" else "safety_epochs"]
+  batches = _batches(data["train"], section["rows"], epochs, c.seed)
   optimizer = make_optimizer(
     OptimizerConfig(
       learning_rate=section["learning_rate"],
@@ -179,12 +180,12 @@ def _longest(data: Mapping[str, list], tokenizer: Tokenizer) -> int:
 
 
 def _batches(
-  rows: list, section: Mapping, seed: int
+  rows: list, size: int, epochs: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
   """(rows, which of them count) of every update: whole epochs, each in a new order; the
   last batch of one is filled up with rows that have no loss."""
-  size, found = section["rows"], []
-  for epoch in range(section["epochs"]):
+  found = []
+  for epoch in range(epochs):
     order = np.random.default_rng((seed, epoch)).permutation(len(rows))
     for i in range(0, len(order), size):
       part = order[i : i + size]

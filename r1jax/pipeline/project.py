@@ -83,11 +83,10 @@ class Project:
     return 2 + max(map(len, self.tokenizer.encode_batch(self.pages)))
 
   @functools.cached_property
-  def windows(self) -> list[tuple[int, int]]:
+  def longest_reply(self) -> int:
+    """Tokens of the longest page without its prompt, with EOS."""
     made = make_pages(self.config, self.world, count=5000)
-    pages = [page for _, page in made]
-    longest = 1 + max(map(len, self.tokenizer.encode_batch(pages)))
-    return settings.windows(self.config, longest)
+    return 1 + max(map(len, self.tokenizer.encode_batch([page for _, page in made])))
 
   @functools.cached_property
   def prompt_length(self) -> int:
@@ -156,7 +155,7 @@ class Project:
         held_out=self.encode(kept),
         held_out_problems=kept,
         page=self.page,
-        windows=settings.windows(c, self.windows[0][1] * 8 // 9),
+        windows=settings.windows(c, self.longest_reply),
         host_reward=None,
         reward=reward,
         **parts,

@@ -9,7 +9,14 @@ import rich.console
 
 from r1jax import settings, sharding
 from r1jax.errors import UserError
-from r1jax.pipeline import distill, scoreboard
+from r1jax.pipeline import (
+  cold_start,
+  distill,
+  hooks,
+  judging,
+  rejection,
+  scoreboard,
+)
 from r1jax.pipeline.project import Project, with_changes
 from r1jax.pipeline.stages import graph
 
@@ -25,6 +32,12 @@ def check(config: ConfigDict) -> None:
     raise UserError(
       "config.pretrain.steps=0: the stages begin with a base, and r1jax cannot read a"
       " published one. Set pretrain.steps to train one on the task's pages."
+    )
+  if c.task != "assistant" or c.data.problems:
+    raise UserError(
+      f"config.task={c.task!r} and config.data.problems={c.data.problems!r}: the stages"
+      " need sums, instructions and requests, which the task 'assistant' alone has. For"
+      " problems of your own there is python -m experiments.r1_zero."
     )
   if c.data.prefill_think:
     raise UserError(
@@ -51,6 +64,12 @@ def check(config: ConfigDict) -> None:
     except UserError as error:
       raise UserError(f"in the stage of config.{name}: {error}") from error
   distill.check_mode(c.distill.mode)
+  for key, ours in (
+    ("cold_start.rewriter", cold_start.REWRITERS),
+    ("rejection.judge", rejection.JUDGES),
+    ("reward_models.judge", dict.fromkeys(judging.JUDGES)),
+  ):
+    hooks.load(settings.config_get(c, key), ours, key)
   k, r = c.grpo.minibatches, c.rl_2
   steps = with_changes(c, r.changes).steps
   rules = [

@@ -134,6 +134,7 @@ def run(
   write_json(folder / "report.json", figures)
   (folder / "report.md").write_text(markdown(figures), encoding="utf-8")
   plot(folder / "report.png", figures, f"R1 in miniature, seed {c.seed}")
+  plot_hacking(folder / "hacking.png", inputs)
   return {
     column: {row: round(cell["mean"], 4) for row, cell in cells.items()}
     for column, cells in figures["table"].items()
@@ -147,6 +148,17 @@ def card_of(prompts: Mapping[str, list[Problem]], texts: list[list[str]]) -> Car
     said[name] = rows, texts[at : at + len(rows)]
     at += len(rows)
   return Card.of(said)
+
+
+def examined(problems: Sequence[Problem], texts: Sequence[list[str]]) -> dict:
+  """The hidden notions of replies to requests: mean helpfulness and safety."""
+  rows = list(zip(problems, texts, strict=True))
+  return {
+    row: float(
+      np.mean([ROWS[row][1](p, t) for p, group in rows if p.domain == d for t in group])
+    )
+    for row, d in (("helpfulness", "helpful"), ("safety", "safety"))
+  }
 
 
 def summary(cards: Mapping[str, Card], ablations: bool) -> dict:
@@ -199,12 +211,15 @@ def hacking(inputs: Mapping[str, pathlib.Path]) -> dict:
       continue
     quarter = max(len(asked) // 4, 1)
     before = [r for r in evals if r["step"] < asked[0]["step"]]
+    hidden = metrics.phase("examined")
     found[name] = {
       "updates": asked[-1]["step"] - asked[0]["step"],
       "proxy_first": float(np.mean([r["reward_model"] for r in asked[:quarter]])),
       "proxy_last": float(np.mean([r["reward_model"] for r in asked[-quarter:]])),
       "rule_before": before[-1]["pass_at_1"],
       "rule_after": evals[-1]["pass_at_1"],
+      "hidden_best": max(r["helpfulness"] for r in hidden),
+      "hidden_last": hidden[-1]["helpfulness"],
     }
   return found
 
@@ -318,6 +333,35 @@ def plot(path: pathlib.Path, figures: Mapping, title: str) -> None:
     axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
     axis.grid(axis="y", alpha=0.3)
   figure.suptitle(title)
+  figure.tight_layout()
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
+def plot_hacking(path: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None:
+  """Fig. 6 in miniature: what the reward model says of the requests that RL asks,
+  against what people would say of held-out ones and the accuracy on held-out sums."""
+  names = {"rl_2": "R1: preference rewards at the end", "rl_2_uncapped": "all along"}
+  shown = [name for name in names if name in inputs]
+  figure, axes = plt.subplots(
+    1, len(shown), figsize=(6.5 * len(shown), 4.2), squeeze=False, sharey=True
+  )
+  for axis, name in zip(axes[0], shown, strict=True):
+    metrics = MetricsFile(inputs[name] / "metrics.jsonl")
+    asked = [r for r in metrics.phase("rl") if r.get("reward_model")]
+    curves = {
+      "reward model, training requests": (asked, "reward_model", "-"),
+      "hidden helpfulness, held out": (metrics.phase("examined"), "helpfulness", "o-"),
+      "hidden safety, held out": (metrics.phase("examined"), "safety", "s-"),
+      "pass@1, held-out sums": (metrics.phase("eval"), "pass_at_1", "^-"),
+    }
+    for label, (rows, key, style) in curves.items():
+      axis.plot([r["step"] for r in rows], [r[key] for r in rows], style, label=label)
+    axis.set_title(names[name])
+    axis.set_xlabel("updates")
+    axis.set_ylim(0, 1.02)
+    axis.grid(alpha=0.3)
+  axes[0][0].legend(fontsize=8, loc="lower right")
   figure.tight_layout()
   figure.savefig(path, dpi=110)
   plt.close(figure)

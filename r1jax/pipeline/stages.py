@@ -11,6 +11,7 @@ config each depends.
 """
 
 from collections.abc import Callable, Mapping
+import functools
 import json
 import pathlib
 from typing import Any
@@ -38,6 +39,7 @@ from r1jax.pipeline.project import (
   save_weights,
   with_changes,
 )
+from r1jax.pipeline.sampling import Decoding, sample
 from r1jax.reinforcement import reinforce, sampled_tokens
 from r1jax.run import Run, rule_reward
 
@@ -228,9 +230,32 @@ class Stages:
     with project.run(
       folder, changes, asked=asked, reward=reward, judges=judges
     ) as this:
-      learned = reinforce(this, *self.weights(inputs["sft_3"]), stream=stream)
+      learned = reinforce(
+        this,
+        *self.weights(inputs["sft_3"]),
+        stream=stream,
+        examine=functools.partial(self._examine, this, folder),
+      )
       save_weights(folder / "weights", learned)
       return rl_figures(this)
+
+  def _examine(
+    self, this: Run, folder: Folder, params: Any, router: Any, step: int
+  ) -> dict:
+    """What people would say of the replies to held-out requests; RL never hears it."""
+    problems = self.project.world.held_out_requests
+    path = folder / "examined" / f"{step}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    texts, _ = sample(
+      self.project,
+      this,
+      (params, router),
+      problems,
+      path,
+      samples=4,
+      decoding=Decoding(this.config.grpo.temperature),
+    )
+    return scoreboard.examined(problems, texts)
 
   # -- the result
 
