@@ -1,4 +1,4 @@
-"""CPU with eight devices, and no silent rank promotion."""
+"""CPU with eight devices, no silent rank promotion, and two processes of tests."""
 
 import os
 
@@ -14,6 +14,19 @@ from r1jax.models import policy
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# A slot of the sandbox has a user of its own, whom two test processes must not share.
+SANDBOXED = ("code", "hostile", "host_reward", "sandbox", "score", "scorer", "wasi")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """A file's tests run in one process: they share what they compile."""
+  for item in items:
+    name = item.path.name.removesuffix("_test.py")
+    group = "sandbox" if name in SANDBOXED else str(item.path)
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ A stage that differs from the config above it says only what it changes: `zero`,
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from experiments.configs import r1_zero
 
@@ -129,6 +130,7 @@ def tiny() -> ConfigDict:
   c.student.rl.optimizer = ConfigDict()
   c.student.rl.optimizer.schedule = "constant"
   c.distill = sft()
+  c.distill.learning_rate = placeholder(float)  # None: the paper's for that student
   c.distill.mode = "sft"  # "logits" and "on_policy" ask the teacher, R1, itself
   c.distill.divergence = "forward_kl"  # or reverse_kl, jsd
   c.distill.alpha = 1.0  # of the divergence, against the traces' cross-entropy
@@ -194,7 +196,8 @@ def paper(c: ConfigDict) -> None:
   c.rl_2.window = 400  # 3.2.2
   c.rl_2.changes.steps = 1696  # 1,700 in the paper: whole rollouts of 16 updates
   c.rl_2.changes.windows = ((0, 32_768),)
-  c.student.model.preset = "qwen2_5_7b"
-  c.distill.learning_rate = 8e-5  # B.4.3, and pipeline/distill.py:RATES for the others
-  c.distill.rows = 64
+  c.student.model.preset = "qwen2_5_7b"  # and the others of pipeline/distill.py
+  c.distill.rows = 64  # B.4.3
+  c.report.temperature = 0.6  # D.1
+  c.report.top_p = 0.95  # D.1
   c.distill.width = 32_768

@@ -5,11 +5,11 @@ Two options that R1 does not use: the teacher's distributions on its traces (`lo
 or on what the student says itself (`on_policy`).
 """
 
-from collections.abc import Mapping
 import functools
 import pathlib
 
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 
 from r1jax import distillation, train_state
@@ -18,15 +18,23 @@ from r1jax.data import problems, traces
 from r1jax.distillation import DistillConfig, OnPolicyConfig
 from r1jax.errors import UserError
 from r1jax.fine_tuning import tune
+from r1jax.models.policy import Policy
 from r1jax.optimizer import make_optimizer
 from r1jax.pipeline import supervised
-from r1jax.pipeline.project import Project, Weights, load_weights, save_weights
+from r1jax.pipeline.project import (
+  Project,
+  Weights,
+  load_weights,
+  save_weights,
+  with_changes,
+)
 from r1jax.run import Run, compiled, put_batch, take
 
 MODES = ("sft", "logits", "on_policy")
 
 # Initial learning rates of R1's students (B.4.3); each is divided by ten by a cosine.
 RATES = {
+  "tiny_dense": 1e-3,  # ours
   "qwen2_5_1_5b": 1e-4,
   "qwen2_5_7b": 8e-5,
   "qwen2_5_14b": 7e-5,
@@ -65,6 +73,23 @@ def same_tokenizer(student: pathlib.Path, teacher: pathlib.Path) -> None:
     )
 
 
+def with_rate(config: ConfigDict) -> ConfigDict:
+  """The config's `distill`, its learning rate that of the student's size if not set.
+
+  Raises:
+    UserError: it is not set, and the paper has none for that size.
+  """
+  section, preset = config.distill, config.student.model.preset
+  if section.learning_rate is not None:
+    return section
+  if preset not in RATES:
+    raise UserError(
+      "config.distill.learning_rate is not set, and for student.model.preset="
+      f"{preset!r} there is no rate of the paper, only for {', '.join(RATES)}. Set it."
+    )
+  return with_changes(section, {"learning_rate": RATES[preset]})
+
+
 def run(
   project: Project,
   folder: pathlib.Path,
@@ -82,8 +107,8 @@ def run(
     teacher: the folder of a policy; the mode `sft` needs none.
     data: the accepted traces.
   """
-  c, section = project.config, project.config.distill
-  model = c.student.model
+  c = project.config
+  model, section = c.student.model, with_rate(c)
   rows = traces.read(data)
   with project.run(folder, {}, asked=project.world.train, model=model) as this:
     start = load_weights(student / "weights", this.policy, project.mesh)
@@ -94,15 +119,20 @@ def run(
     if section.mode == "on_policy":
       learned, figures = _on_policy(this, start, taught_by, master, section)
     else:
-      learned, figures = _logits(project, this, start, taught_by, master, rows)
+      learned, figures = _logits(project, this, start, taught_by, master, rows, section)
     save_weights(folder / "weights", learned)
     return figures
 
 
 def _logits(
-  project: Project, this: Run, start: Weights, teacher: Weights, master, rows
+  project: Project,
+  this: Run,
+  start: Weights,
+  teacher: Weights,
+  master: Policy,
+  rows: list,
+  section: ConfigDict,
 ) -> tuple[Weights, dict]:
-  section = project.config.distill
   packed = supervised.pack_traces(project, rows, section.width)
   config = supervised.tuning_config(packed, section)
   step = functools.partial(
@@ -129,7 +159,7 @@ def _logits(
 
 
 def _on_policy(
-  this: Run, start: Weights, teacher: Weights, master, section: Mapping
+  this: Run, start: Weights, teacher: Weights, master: Policy, section: ConfigDict
 ) -> tuple[Weights, dict]:
   c = this.config
   steps, k = section["on_policy_steps"], 1

@@ -3,6 +3,7 @@ responses with their thinking (R1, sections 3.1 and B.2: one epoch, batch 256)."
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
+import json
 import pathlib
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from r1jax import prompts, reward_model, train_state
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.evals import calibration
+from r1jax.metrics import write_json
 from r1jax.models.value import Value, from_policy
 from r1jax.optimizer import OptimizerConfig, make_optimizer
 from r1jax.pipeline.project import Project, Weights, save_weights
@@ -56,7 +58,9 @@ def train(
   section: Mapping,
   folder: pathlib.Path,
 ) -> dict:
-  """One reward model from a policy's trunk; leaves <kind>/ and returns its figures.
+  """One reward model from a policy's trunk; leaves <kind>/ and <kind>.json, and returns
+  its figures. What a killed call has finished is not done again; a model that was
+  on its way begins anew.
 
   Args:
     project, this: the pipeline and the stage.
@@ -66,6 +70,10 @@ def train(
     section: learning_rate, rows, epochs, ...
     folder: the stage's.
   """
+  finished = folder / f"{kind}.json"
+  if finished.exists():
+    return json.loads(finished.read_text())
+  this.metrics.roll_back({kind: 0})
   value, c = Value(this.policy.config), this.config
   end_think = this.tokenizer.id("</think>")
   view = VIEW[kind]
@@ -136,7 +144,9 @@ def train(
       found.append(np.asarray(run(state.params, state.router, filled))[: len(part)])
     return np.concatenate(found)
 
-  return evaluated(kind, data["held_out"], scores)
+  figures = evaluated(kind, data["held_out"], scores)
+  write_json(finished, figures)
+  return figures
 
 
 def evaluated(

@@ -64,6 +64,7 @@ def check(config: ConfigDict) -> None:
     except UserError as error:
       raise UserError(f"in the stage of config.{name}: {error}") from error
   distill.check_mode(c.distill.mode)
+  distill.with_rate(c)
   for key, ours in (
     ("cold_start.rewriter", cold_start.REWRITERS),
     ("rejection.judge", rejection.JUDGES),
