@@ -33,7 +33,9 @@ def main(config: ConfigDict, workdir: str) -> None:
 
   path = command.folder_of("r1", get_config, config, workdir)
   if config.seeds > 1:
-    run.show_seeds(command.over_seeds("experiments.r1", config, path), path)
+    folders = command.over_seeds("experiments.r1", config, path)
+    if not (flags.FLAGS.status or flags.FLAGS.stage):
+      run.show_seeds(folders, path)
     return
   command.use_compilation_cache(config.compilation_cache)
   flag = flags.FLAGS

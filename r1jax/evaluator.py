@@ -26,6 +26,8 @@ class Evaluator:
     # Its own copy: the state that begins with the base is donated.
     self.base = jax.tree.map(jax.numpy.copy, base)
 
+    temperature = c.eval.temperature or c.grpo.temperature
+
     def evaluate(params, router, base, prompts, key):
       said = rollout.sample(
         this.policy,
@@ -35,7 +37,7 @@ class Evaluator:
         key,
         group_size=c.eval.samples,
         max_tokens=max(tokens for _, tokens in this.windows),
-        temperature=c.grpo.temperature,
+        temperature=temperature,
         stop_ids=this.stop_ids,
         pad_id=this.tokenizer.pad_id,
         top_k=c.grpo.top_k,
@@ -44,7 +46,6 @@ class Evaluator:
       rows = experience.rows_of(prompts, said)
 
       def by_base(part):
-        temperature = c.grpo.temperature
         return experience.completion_logprobs(this.policy, *base, part, temperature)[0]
 
       # A sample of every problem at a time.

@@ -1,4 +1,4 @@
-"""R1-Zero on the host: base, RL, evaluation, result. The only room that calls others.
+"""R1-Zero on the host: base, RL, evaluation, result.
 
 All that a run does lies in its workdir: config.json, tokenizer.model, metrics.jsonl,
 samples.jsonl, tokens.jsonl, checkpoints/, summary.json, curves.png, tokens.html. The
@@ -126,7 +126,7 @@ def conclude(this: Run) -> dict:
 def outcomes(rows: list[dict]) -> dict[str, int]:
   """How many of all samples drawn in RL ended how, and their number."""
   counts = {
-    name: sum(round(row[f"outcome_{name}"] * row["samples"]) for row in rows)
+    name: sum(round(row.get(f"outcome_{name}", 0.0) * row["samples"]) for row in rows)
     for name in OUTCOMES
   }
   return {**counts, "samples": round(sum(row["samples"] for row in rows))}

@@ -63,18 +63,19 @@ def tiny() -> ConfigDict:
     "assistant"  # "none", or FILE.py:function(completion, problem)
   )
   c.sft_1 = sft()
-  c.sft_1.epochs = 4
+  c.sft_1.epochs = 4  # 2 or 3 in the paper; 64 traces are few
   c.sft_1.rows = 16
 
   # -- RL stage 1 (3.2.1): rules and language
   c.rl_1 = changes()
   c.rl_1.reward = ConfigDict()
   c.rl_1.reward.format_style = "chat"
+  c.rl_1.reward.format_weight = 1.0  # Eq. 4: the same weight
   c.rl_1.reward.language_weight = 1.0  # Eq. 7: added directly
 
   # -- rejection sampling (B.3.3)
   c.rejection = ConfigDict()
-  c.rejection.prompts = 1000
+  c.rejection.prompts = 600
   c.rejection.samples = 4  # a prompt; not stated in the paper
   c.rejection.temperature = 1.0  # not stated
   c.rejection.instructed = 0.3
@@ -86,29 +87,34 @@ def tiny() -> ConfigDict:
   c.rejection.general_weight = 1 / 3  # 200k to 600k
   c.rejection.general_data = ""  # a file of traces; "": the task's own pool
   c.sft_3 = sft()
+  c.sft_3.epochs = 3
+
+  # -- preference data (B.2)
+  c.judging = ConfigDict()
+  c.judging.samples = 16  # replies of each writer, the base and Dev3, to a request
+  c.judging.temperature = 1.0  # not stated
+  c.judging.pairs_a_prompt = 160  # 66,000 pairs in the paper
+  c.judging.judgments = 4  # B.2, half of them with A and B swapped
+  c.judging.balance_length = True  # B.2
+  c.judging.judge = "arena"  # or FILE.py:function(prompt, first, second) -> grade
+  c.judging.judge_noise = 0.1  # of the miniature's judge
+  c.judging.judge_first_bias = 0.1  # what it adds for the reply it reads first
+  c.judging.judge_length_bias = 0.05  # and for every word that a summary is longer
 
   # -- reward models (3.1, B.2)
   c.reward_models = ConfigDict()
-  c.reward_models.samples = 16  # replies of each writer to a request
-  c.reward_models.temperature = 1.0
-  c.reward_models.pairs_a_prompt = 100
-  c.reward_models.judgments = 4  # B.2, half of them with A and B swapped
-  c.reward_models.balance_length = True  # B.2
-  c.reward_models.judge = "arena"  # or FILE.py:function(prompt, first, second) -> grade
-  c.reward_models.judge_noise = 0.1  # of the miniature's judge
-  c.reward_models.judge_first_bias = 0.1  # what it adds for the reply it reads first
   c.reward_models.rows = 64  # pairs or labels an update; 256 in the paper
   c.reward_models.micro_batches = 16
-  c.reward_models.epochs = 5  # of the helpful model; 1 in the paper
+  c.reward_models.epochs = 4  # of the helpful model; 1 in the paper
   c.reward_models.safety_epochs = 1
-  c.reward_models.learning_rate = 2e-3  # 6e-6
-  c.reward_models.warmup_steps = 5
+  c.reward_models.learning_rate = 2e-3  # 6e-6 in the paper
+  c.reward_models.schedule = "cosine"  # to a tenth; not stated
+  c.reward_models.warmup_steps = 5  # not stated
   c.reward_models.weight_decay = 0.1  # not stated
 
   # -- RL stage 2 (3.2.2): all scenarios
   c.rl_2 = ConfigDict()
   c.rl_2.window = 20  # last updates with requests; 400 of 1,700 in the paper
-  c.rl_2.uncapped_steps = 160  # of the ablation without that cap
   c.rl_2.general_share = 0.5  # of the prompts in that window
   c.rl_2.model_weight = 1.0  # Eq. 10
   c.rl_2.squash = "sigmoid"  # of the reward models' scores; or "none"
@@ -118,22 +124,31 @@ def tiny() -> ConfigDict:
   c.rl_2.changes.grpo.temperature = 0.7  # 3.2.2
   c.rl_2.changes.reward = ConfigDict()
   c.rl_2.changes.reward.format_style = "chat"
+  c.rl_2.changes.reward.format_weight = 1.0  # Eq. 10
   c.rl_2.changes.reward.language_weight = 1.0
+  c.rl_2.changes.eval = ConfigDict()
+  c.rl_2.changes.eval.temperature = 1.0  # as the table's
+
+  c.rl_2_uncapped = ConfigDict()
+  c.rl_2_uncapped.steps = 160  # of the ablation: updates, all of them with requests
 
   # -- the student
   c.student = ConfigDict()
-  c.student.model = ConfigDict()
-  c.student.model.preset = "tiny_dense"
+  c.student.model = r1_zero.model_options("tiny_dense")  # takes the place of `model`
   c.student.pretrain = changes()
   c.student.rl = changes()
   c.student.rl.steps = 400  # ends earlier, with the tokens of rejection sampling
   c.student.rl.optimizer = ConfigDict()
   c.student.rl.optimizer.schedule = "constant"
   c.distill = sft()
+  c.distill.epochs = 3
   c.distill.learning_rate = placeholder(float)  # None: the paper's for that student
   c.distill.mode = "sft"  # "logits" and "on_policy" ask the teacher, R1, itself
   c.distill.divergence = "forward_kl"  # or reverse_kl, jsd
   c.distill.alpha = 1.0  # of the divergence, against the traces' cross-entropy
+  c.distill.beta = 0.5  # of jsd: the teacher's share of the mixture
+  c.distill.teacher_temperature = 1.0  # divides the teacher's logits
+  c.distill.temperature = 1.0  # on_policy: of the student's samples
   c.distill.group_size = 4  # on_policy: samples a prompt
   c.distill.on_policy_steps = 60
 
@@ -180,6 +195,8 @@ def paper(c: ConfigDict) -> None:
   r1_zero.paper(c)
   c.preset = "paper"
   c.zero = changes()
+  c.cold_start.most = 5000  # B.3.2: thousands
+  c.rejection.most_paragraph = 2000  # not stated
   for section in (c.sft_1, c.sft_3):
     section.epochs = 2  # B.4.2: 2 or 3
     section.learning_rate = 5e-5
@@ -191,11 +208,13 @@ def paper(c: ConfigDict) -> None:
   c.rl_1.objective.clip_high = 10.0
   c.reward_models.epochs = 1  # B.2
   c.reward_models.safety_epochs = 1
-  c.reward_models.rows = 256
-  c.reward_models.learning_rate = 6e-6
+  c.reward_models.rows = 256  # B.2
+  c.reward_models.learning_rate = 6e-6  # B.2
   c.rl_2.window = 400  # 3.2.2
   c.rl_2.changes.steps = 1696  # 1,700 in the paper: whole rollouts of 16 updates
   c.rl_2.changes.windows = ((0, 32_768),)
+  c.student.rl.steps = 10_000  # B.4.1: more than 10K
+  c.student.rl.optimizer.learning_rate = 2e-6  # B.4.1
   c.student.model.preset = "qwen2_5_7b"  # and the others of pipeline/distill.py
   c.distill.rows = 64  # B.4.3
   c.report.temperature = 0.6  # D.1

@@ -97,14 +97,7 @@ def tiny() -> ConfigDict:
   c.pretrain.mix.request = 0.0  # replies to requests, of the task `assistant`
 
   # -- the policy
-  c.model = ConfigDict()
-  c.model.preset = "tiny"  # a name in r1jax/models/config.py
-  # One of the preset's sizes can be set here; None keeps it.
-  for size in ("width", "layers", "dense_layers", "heads", "kv_latent", "experts"):
-    c.model[size] = placeholder(int)
-  for size in ("active_experts", "mtp_depth", "kv_heads", "head_dim"):
-    c.model[size] = placeholder(int)
-  c.model.moe = placeholder(str)  # "dense": every expert on every token; "ragged"
+  c.model = model_options("tiny")
 
   # -- RL
   c.steps = 160  # updates
@@ -142,12 +135,10 @@ def tiny() -> ConfigDict:
   c.reward.format_weight = 0.5  # Differs: 1 in the paper; a base that only guesses
   # would learn the format alone before it finds the working
   c.reward.format_style = "tags"  # or "chat": thinking, then a reply in any form
+  c.reward.language_weight = 0.0  # of the share of target-language words in thinking
+  c.reward.language = "en"  # the target, of problems that name none
   c.reward.host = False  # False: read from tokens, in the graph; True: from text, by
   # the host's rules; the keys below need it
-  c.reward.language_weight = (
-    0.0  # of the share of target-language words in the thinking
-  )
-  c.reward.language = "en"  # the target
   c.reward.language_detector = False  # tell languages of one script apart, by pycld2
   c.reward.rules = ""  # your own: FILE.py:function=weight, several between commas
   c.reward.workers = 0  # samples scored at a time; 0: one a core
@@ -172,8 +163,21 @@ def tiny() -> ConfigDict:
   c.eval.problems = 64
   c.eval.samples = 16
   c.eval.every = 20  # updates
+  c.eval.temperature = placeholder(float)  # None: that of RL
   c.checkpoint_every = 20  # updates of RL; pre-training saves at thirds
   return c
+
+
+def model_options(preset: str) -> ConfigDict:
+  """The policy: a preset of r1jax/models/config.py, and sizes that differ from it."""
+  m = ConfigDict()
+  m.preset = preset
+  for size in ("width", "layers", "dense_layers", "heads", "kv_latent", "experts"):
+    m[size] = placeholder(int)  # None keeps the preset's
+  for size in ("active_experts", "mtp_depth", "kv_heads", "head_dim"):
+    m[size] = placeholder(int)
+  m.moe = placeholder(str)  # "dense": every expert on every token; "ragged"
+  return m
 
 
 def objective_options() -> ConfigDict:

@@ -18,8 +18,6 @@ from r1jax.data.assistant import (
 )
 from r1jax.data.problem import Problem
 
-GRADES = ("A>>B", "A>B", "A=B", "B>A", "B>>A")
-
 
 def summary_of(completion: str) -> str:
   """What follows the last `</think>`; nothing where no thinking has ended."""
@@ -83,7 +81,12 @@ def follows(problem: Problem, completion: str) -> bool:
 
 
 def arena_judge(
-  language_of: dict[str, str], *, noise: float, first_bias: float, seed: int
+  language_of: dict[str, str],
+  *,
+  noise: float,
+  first_bias: float,
+  length_bias: float,
+  seed: float,
 ) -> Callable[[str, str, str], str]:
   """A judge of two replies, with a judge's faults: (prompt, first, second) -> grade.
 
@@ -91,14 +94,17 @@ def arena_judge(
     language_of: of each prompt.
     noise: standard deviation of what it adds to a difference in helpfulness.
     first_bias: what it adds for the reply that it reads first.
+    length_bias: what it adds for every word by which a summary is longer. Swapping the
+      replies cancels the taste for the first place and not this one.
     seed: of the noise.
   """
   rng = random.Random(seed)
 
   def judge(prompt: str, first: str, second: str) -> str:
     a, b = (
-      _helpfulness(prompt, language_of[prompt], summary_of(reply))
-      for reply in (first, second)
+      _helpfulness(prompt, language_of[prompt], text)
+      + length_bias * len(words_in(text))
+      for text in map(summary_of, (first, second))
     )
     gap = a - b + first_bias + rng.gauss(0.0, noise)
     if abs(gap) < 0.05:

@@ -1,8 +1,8 @@
 """Cold start: R1-Zero's own thinking, made readable (R1, supplement B.3.2).
 
 Zero answers prompts several times at temperature 1. What is right and readable is kept,
-a rewriter puts it into the reader's language and adds a summary, and a few hundred such
-traces are what Dev1 is fine-tuned on, from the base.
+a rewriter puts it into the reader's language and adds a summary, and Dev1 is the base
+fine-tuned on such traces.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from r1jax.errors import UserError
 from r1jax.metrics import write_json
 from r1jax.pipeline import filters, hooks
 from r1jax.pipeline.project import Project, Weights
-from r1jax.pipeline.sampling import Decoding, sample
+from r1jax.pipeline.sampling import Decoding, Sampled, sample
 from r1jax.run import Run
 
 Rewriter = Callable[[str, Problem], str]  # (completion, its problem) -> a better one
@@ -26,13 +26,12 @@ REWRITERS: dict[str, Rewriter | None] = {
 }
 
 
-def asked(project: Project, count: int, instructed: float, seed: int) -> list[Problem]:
-  """`count` training problems, a share of them with an instruction if the task has
-  some."""
+def asked(
+  project: Project, count: int, instructed: float, seed: int | str
+) -> list[Problem]:
+  """`count` training problems, a share of them with an instruction."""
   rng, task = random.Random(seed), project.world.task
   chosen = rng.sample(project.world.train, min(count, len(project.world.train)))
-  if not isinstance(task, assistant.Assistant):
-    return chosen
   return [task.instruct(p, rng) if rng.random() < instructed else p for p in chosen]
 
 
@@ -51,7 +50,7 @@ def collect(
 ) -> dict:
   """Leaves traces.jsonl and card.json; returns the card."""
   problems = asked(project, section["prompts"], section["instructed"], this.config.seed)
-  texts, tokens = sample(
+  said = sample(
     project,
     this,
     zero,
@@ -60,25 +59,42 @@ def collect(
     samples=section["samples"],
     decoding=Decoding(section["temperature"]),
   )
-  sampled = [
-    Trace(problem, text, "zero")
-    for problem, group in zip(problems, texts, strict=True)
-    for text in group
-  ]
+  sampled, truncated = traces_of(problems, said, "zero")
   kept, counts = filters.sift(sampled, readable(section), of="cold start")
   chosen = first_of_each(kept, section["keep"])[: section["most"]]
-  rewriter = hooks.load(section["rewriter"], REWRITERS, "cold_start.rewriter")
+  rewriter = hooks.load(
+    section["rewriter"], REWRITERS, "cold_start.rewriter", folder / "rewritten.jsonl"
+  )
   refined = [_refined(trace, rewriter) for trace in chosen]
   least = 1.0 if rewriter else section["least_consistency"]
   last = [
+    ("misformatted", filters.formatted("chat")),
     ("still_wrong", filters.correct),
     ("still_mixed", filters.in_one_language(least)),
   ]
   written, after = filters.sift(refined, last, of="cold start, rewritten")
   traces.write(folder / "traces.jsonl", written)
-  card = {"tokens": tokens, "counts": counts, "rewritten": after}
+  card = {
+    "tokens": said.tokens,
+    "truncated": truncated,
+    "counts": counts,
+    "rewritten": after,
+  }
   write_json(folder / "card.json", card)
   return card
+
+
+def traces_of(
+  problems: Sequence[Problem], said: Sampled, source: str
+) -> tuple[list[Trace], int]:
+  """(the samples that ended, how many did not): SFT would teach those to end there."""
+  rows = zip(problems, said.texts, said.ended, strict=True)
+  pairs = [
+    (Trace(problem, text, source), ends)
+    for problem, group, ended in rows
+    for text, ends in zip(group, ended, strict=True)
+  ]
+  return [t for t, ends in pairs if ends], sum(not ends for _, ends in pairs)
 
 
 def first_of_each(kept: Sequence[Trace], most: int) -> list[Trace]:

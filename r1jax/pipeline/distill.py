@@ -5,6 +5,7 @@ Two options that R1 does not use: the teacher's distributions on its traces (`lo
 or on what the student says itself (`on_policy`).
 """
 
+import dataclasses
 import functools
 import pathlib
 
@@ -90,6 +91,21 @@ def with_rate(config: ConfigDict) -> ConfigDict:
   return with_changes(section, {"learning_rate": RATES[preset]})
 
 
+def logit_config(section: ConfigDict) -> DistillConfig:
+  same = ("divergence", "beta", "teacher_temperature", "alpha", "micro_batches")
+  return DistillConfig(**{key: section[key] for key in same}, router_bias_rate=0.0)
+
+
+def on_policy_config(section: ConfigDict, window: int) -> OnPolicyConfig:
+  """Args: the config's `distill`; window: output tokens."""
+  more = ("temperature", "group_size")
+  return OnPolicyConfig(
+    **dataclasses.asdict(logit_config(section)),
+    **{key: section[key] for key in more},
+    max_tokens=window,
+  )
+
+
 def run(
   project: Project,
   folder: pathlib.Path,
@@ -111,16 +127,16 @@ def run(
   model, section = c.student.model, with_rate(c)
   rows = traces.read(data)
   with project.run(folder, {}, asked=project.world.train, model=model) as this:
-    start = load_weights(student / "weights", this.policy, project.mesh)
+    start = load_weights(student, this.policy, project.mesh)
     if section.mode == "sft":
       return supervised.fine_tune(project, this, start, rows, section, folder)
-    master = project.policy({})
-    taught_by = load_weights(teacher / "weights", master, project.mesh)
+    master = project.policy()
+    taught_by = load_weights(teacher, master, project.mesh)
     if section.mode == "on_policy":
       learned, figures = _on_policy(this, start, taught_by, master, section)
     else:
       learned, figures = _logits(project, this, start, taught_by, master, rows, section)
-    save_weights(folder / "weights", learned)
+    save_weights(folder, learned)
     return figures
 
 
@@ -139,12 +155,7 @@ def _logits(
     distillation.logit_step,
     student=this.policy,
     teacher_policy=master,
-    config=DistillConfig(
-      divergence=section.divergence,
-      alpha=section.alpha,
-      micro_batches=section.micro_batches,
-      router_bias_rate=0.0,
-    ),
+    config=logit_config(section),
   )
   learned = tune(
     this,
@@ -162,7 +173,7 @@ def _on_policy(
   this: Run, start: Weights, teacher: Weights, master: Policy, section: ConfigDict
 ) -> tuple[Weights, dict]:
   c = this.config
-  steps, k = section["on_policy_steps"], 1
+  steps = section["on_policy_steps"]
   optimizer = make_optimizer(
     supervised.rate_of(section, steps)  # a cosine over the updates
   )
@@ -188,15 +199,7 @@ def _on_policy(
       student=this.policy,
       teacher_policy=master,
       optimizer=optimizer,
-      config=OnPolicyConfig(
-        divergence=section["divergence"],
-        alpha=section["alpha"],
-        group_size=section["group_size"],
-        max_tokens=this.windows[-1][1],
-        minibatches=k,
-        micro_batches=section["micro_batches"],
-        router_bias_rate=0.0,
-      ),
+      config=on_policy_config(section, this.windows[-1][1]),
       stop_ids=this.stop_ids,
       pad_id=this.tokenizer.pad_id,
     )
@@ -210,11 +213,12 @@ def _on_policy(
       this, on_policy_step, *args, donate=(0,), out_shardings=out
     )
     state, _, figures = program(*args)
-    step += k
+    step += 1
     figures = {name: float(x) for name, x in figures.items()}
     this.metrics.write({"phase": "on_policy", "step": step, **figures})
     this.progress.update("on_policy", step, steps, loss=figures["loss"])
     if step % c.checkpoint_every == 0 or step == steps:
       checkpoints.save(step, state, {"stream": stream.get_state()})
   checkpoints.close()
-  return (state.params, state.router), {"rollouts": steps, "loss": figures["loss"]}
+  loss = this.metrics.phase("on_policy")[-1]["loss"]
+  return (state.params, state.router), {"rollouts": steps, "loss": loss}

@@ -1,21 +1,27 @@
 """Functions of the user's that a config names: a rewriter, a judge."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 import hashlib
 import pathlib
 from typing import Any
 
 from r1jax.errors import UserError
+from r1jax.metrics import MetricsFile
 from r1jax.rewards.rules import load_rules, rule_files
 
 
-def load(spec: str, ours: Mapping[str, Any], key: str) -> Any:
+def load(
+  spec: str, ours: Mapping[str, Any], key: str, memory: pathlib.Path | None = None
+) -> Any:
   """The function that a spec names: one of ours, or FILE.py:function.
 
   Args:
     spec: the config's value.
     ours: name -> function.
     key: of the config, for the error.
+    memory: where what a user's function says is kept: it may be a model that takes
+      hours, and a stage that was killed asks it nothing twice.
 
   Raises:
     UserError: it names none, or more than one.
@@ -30,7 +36,8 @@ def load(spec: str, ours: Mapping[str, Any], key: str) -> Any:
   found = load_rules(spec)
   if len(found) != 1 or "=" in spec:
     raise UserError(f"config.{key}={spec!r} must name one function, without a weight.")
-  return checked(next(iter(found.values()))[1], spec)
+  function = checked(next(iter(found.values()))[1], spec)
+  return function if memory is None else remembered(function, memory)
 
 
 def checked(function: Callable, spec: str) -> Callable:
@@ -48,9 +55,32 @@ def checked(function: Callable, spec: str) -> Callable:
   return call
 
 
+def remembered(function: Callable, path: pathlib.Path) -> Callable:
+  """The function, whose n-th answer to a question is kept in a JSONL file and not asked
+  again (answers that are no text and no number aside)."""
+  file, asked = MetricsFile(path), Counter()
+  file.roll_back({})  # drops the half line of a kill
+  known = {row["step"]: row["said"] for row in file.rows()}
+
+  def call(*args: Any) -> Any:
+    question = hashlib.sha256(repr(args).encode()).hexdigest()
+    asked[question] += 1
+    name = f"{question}-{asked[question]}"
+    if name not in known:
+      said = function(*args)
+      if not isinstance(said, str | int | float | bool):
+        return said
+      known[name] = said
+      file.write({"phase": "said", "step": name, "said": said})
+    return known[name]
+
+  return call
+
+
 def contents(*specs: str) -> dict[str, str]:
-  """{"sha256 of FILE": ...} of the files that specs name: part of a stage's config."""
-  files = [file for spec in specs for file in rule_files(spec)]
+  """{"sha256 of FILE": ...} of the files that specs, FILE or FILE.py:function, name: a
+  part of a stage's config."""
+  files = [file for spec in specs for file in (spec, *rule_files(spec))]
   return {
     f"sha256 of {file}": hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
     for file in files

@@ -18,7 +18,7 @@ from r1jax.errors import UserError
 from r1jax.metrics import write_json
 from r1jax.pipeline import hooks
 from r1jax.pipeline.project import Project, Weights
-from r1jax.pipeline.sampling import Decoding, sample
+from r1jax.pipeline.sampling import Decoding, Sampled, sample
 from r1jax.run import Run
 
 SIDES = ("train", "held_out")
@@ -38,15 +38,16 @@ def collect(
   Args:
     project, this: the pipeline and the stage.
     writers: name -> the weights of a policy that replies.
-    section: the config's `reward_models`.
+    section: the config's `judging`.
     folder: the stage's.
   """
   seed, card = this.config.seed, {}
   world = project.world
   asked = dict(zip(SIDES, (world.requests, world.held_out_requests), strict=True))
   for side, problems in asked.items():
-    replies = [
-      sample(
+    replies = []
+    for name, weights in writers.items():
+      said = sample(
         project,
         this,
         weights,
@@ -54,25 +55,24 @@ def collect(
         folder / f"{side}_{name}.jsonl",
         samples=section["samples"],
         decoding=Decoding(section["temperature"]),
-      )[0]
-      for name, weights in writers.items()
-    ]
+      )
+      replies.append(whole(said))
     groups = [
-      [text for group in of for text in group if text.strip()]
-      for of in zip(*replies, strict=True)
+      [text for group in of for text in group] for of in zip(*replies, strict=True)
     ]
     rows = list(zip(problems, groups, strict=True))
-    judge = judge_of(section, problems, seed)
+    rng = random.Random(f"{seed} {side}")
+    judge = judge_of(section, problems, rng.random(), folder / f"{side}_judge.jsonl")
     pairs, counts = preferences.judged(
-      compared([(p, g) for p, g in rows if p.domain == "helpful"], section, seed),
+      compared([(p, g) for p, g in rows if p.domain == "helpful"], section, rng),
       judge,
       judgments=section["judgments"],
-      seed=seed,
+      seed=rng.randrange(2**32),
     )
     card[side] = dataclasses.asdict(counts)
     if section["balance_length"]:
       pairs, before, after = preferences.balanced(
-        pairs, lambda text: len(notions.summary_of(text)), seed
+        pairs, lambda text: len(notions.summary_of(text)), rng.randrange(2**32)
       )
       card[side] |= {
         "length_before": dataclasses.asdict(before),
@@ -91,10 +91,10 @@ def collect(
     }
     if not pairs or not 0 < card[side]["safe"] < len(labels):
       raise UserError(
-        f"reward models: the {side} side has {len(pairs)} sure pairs and"
+        f"judging: the {side} side has {len(pairs)} sure pairs and"
         f" {card[side]['safe']} safe replies of {len(labels)}; pairs are needed, and"
         f" replies of both kinds ({card[side]}). Sample more replies"
-        " (config.reward_models.samples)."
+        " (config.judging.samples)."
       )
     preferences.write(folder / f"{side}_pairs.jsonl", pairs)
     preferences.write(folder / f"{side}_labels.jsonl", labels)
@@ -102,27 +102,53 @@ def collect(
   return card
 
 
-def judge_of(section: Mapping, problems: Sequence[Problem], seed: int):
-  """The judge that the config names: the miniature's, or FILE.py:function."""
+def whole(said: Sampled) -> list[list[str]]:
+  """The replies that ended and say something, by problem. One that was cut off has no
+  end of its own for a reward model to be read at."""
+  return [
+    [text for text, ends in zip(group, ended, strict=True) if ends and text.strip()]
+    for group, ended in zip(said.texts, said.ended, strict=True)
+  ]
+
+
+def judge_of(
+  section: Mapping, problems: Sequence[Problem], seed: float, memory: pathlib.Path
+) -> preferences.Judge:
+  """The judge that the config names: the miniature's, or FILE.py:function, whose
+  verdicts are kept in `memory`.
+
+  The judge raises UserError where a user's says something that is no grade.
+  """
   ours = notions.arena_judge(
     {p.problem: p.language for p in problems},
     noise=section["judge_noise"],
     first_bias=section["judge_first_bias"],
+    length_bias=section["judge_length_bias"],
     seed=seed,
   )
-  return hooks.load(
-    section["judge"], dict.fromkeys(JUDGES, ours), "reward_models.judge"
-  )
+  spec = section["judge"]
+  judge = hooks.load(spec, dict.fromkeys(JUDGES, ours), "judging.judge", memory)
+
+  def graded(prompt: str, first: str, second: str) -> str:
+    grade = judge(prompt, first, second)
+    if grade not in preferences.GRADES:
+      raise UserError(
+        f"config.judging.judge={spec!r} said {grade!r}, which is none of"
+        f" {', '.join(preferences.GRADES)}. Let it return the grade alone."
+      )
+    return grade
+
+  return graded
 
 
 def compared(
-  rows: Sequence[tuple[Problem, list[str]]], section: Mapping, seed: int
+  rows: Sequence[tuple[Problem, list[str]]], section: Mapping, rng: random.Random
 ) -> list[Comparison]:
   """Random pairs of replies to the same request, whose summaries differ: the helpful
   model reads nothing else."""
-  rng, found = random.Random(seed), []
+  found = []
   for problem, texts in rows:
-    for _ in range(section["pairs_a_prompt"]):
+    for _ in range(section["pairs_a_prompt"] if len(texts) > 1 else 0):
       a, b = rng.sample(texts, 2)
       if notions.summary_of(a) != notions.summary_of(b):
         found.append(Comparison(problem.problem, a, b))

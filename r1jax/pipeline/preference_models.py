@@ -81,8 +81,8 @@ def train(
     responses,
     tokenizer=this.tokenizer,
     template=c.data.template,
-    prompt_length=project.prompt_length,
-    length=min(this.windows[-1][1], _longest(data, this.tokenizer)),
+    prompt_length=_longest(data, ("prompt",), this.tokenizer, asked=c.data.template),
+    length=_longest(data, ("chosen", "rejected", "response"), this.tokenizer),
   )
   epochs = section["epochs" if kind == "helpful" else "safety_epochs"]
   batches = _batches(data["train"], section["rows"], epochs, c.seed)
@@ -91,7 +91,7 @@ def train(
       learning_rate=section["learning_rate"],
       steps=len(batches),
       warmup_steps=min(section["warmup_steps"], len(batches) - 1),
-      schedule="cosine",
+      schedule=section["schedule"],
       weight_decay=section["weight_decay"],
     )
   )
@@ -130,6 +130,7 @@ def train(
       figures = {k: float(v) for k, v in figures.items()}
     this.metrics.write({"phase": kind, "step": i + 1, **figures})
     this.progress.update(kind, i + 1, len(batches), accuracy=figures["accuracy"])
+  (folder / kind).mkdir(exist_ok=True)
   save_weights(folder / kind, (state.params, state.router))
 
   def scores(rows: Sequence[tuple[str, str]]) -> np.ndarray:
@@ -177,16 +178,28 @@ def evaluated(
   }
 
 
-def _longest(data: Mapping[str, list], tokenizer: Tokenizer) -> int:
-  """Tokens of the longest response, EOS included, in fours."""
-  texts = [
-    getattr(row, name)
-    for rows in data.values()
-    for row in rows
-    for name in ("chosen", "rejected", "response")
-    if hasattr(row, name)
-  ]
-  return -(-(1 + max(map(len, tokenizer.encode_batch(texts)))) // 4) * 4
+def _longest(
+  data: Mapping[str, list],
+  names: tuple[str, ...],
+  tokenizer: Tokenizer,
+  asked: str = "",
+) -> int:
+  """Tokens of the longest of these texts, BOS or EOS included, in fours.
+
+  Args:
+    data: the sets.
+    names: of the rows' texts.
+    tokenizer: of the policy.
+    asked: the template of prompts.
+  """
+  rows = [row for rows in data.values() for row in rows]
+  texts = [getattr(row, name) for row in rows for name in names if hasattr(row, name)]
+  if asked:
+    how = dict(template=asked, prefill_think=False)
+    lengths = [len(prompts.encode(text, tokenizer, **how)) for text in set(texts)]
+  else:
+    lengths = [1 + len(ids) for ids in tokenizer.encode_batch(texts)]
+  return -(-max(lengths) // 4) * 4
 
 
 def _batches(

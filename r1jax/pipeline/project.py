@@ -5,11 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import pathlib
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
+import numpy as np
 import rich.console
 
 from r1jax import settings, train_state
@@ -17,7 +20,8 @@ from r1jax.checkpoint import Checkpoints
 from r1jax.data import world as worlds
 from r1jax.data.problem import Problem
 from r1jax.data.tokenizer import Tokenizer
-from r1jax.metrics import MetricsFile
+from r1jax.errors import UserError
+from r1jax.metrics import MetricsFile, write_json
 from r1jax.models.policy import Policy
 from r1jax.optimizer import OptimizerConfig, make_optimizer
 from r1jax.progress import Clock, Progress
@@ -93,11 +97,11 @@ class Project:
     w, d = self.world, self.config.data
     asked = [*w.pretrain, *w.train, *w.held_out, *w.requests, *w.held_out_requests]
     how = dict(template=d.template, prefill_think=d.prefill_think)
-    return worlds.longest_prompt(asked, self.tokenizer, **how)
+    return d.prompt_length or worlds.longest_prompt(asked, self.tokenizer, **how)
 
-  def policy(self, model: Mapping) -> Policy:
-    """Of the config's `model`, or a student's."""
-    config = with_changes(self.config, {"model": model})
+  def policy(self, model: Mapping | None = None) -> Policy:
+    """Of the config's `model`; or a student's, which is a section like it."""
+    config = with_changes(self.config, {"model": model} if model else {})
     return Policy(settings.policy_config(config, self.tokenizer.vocab))
 
   def encode(self, problems: Sequence[Problem]) -> PromptBatch:
@@ -132,10 +136,10 @@ class Project:
       folder: the stage's.
       changes: keys of the config that the stage sets otherwise.
       asked: problems of RL; the held-out sums are evaluated on.
-      model: keys of config.model that a student changes.
+      model: a student's section in place of config.model.
       parts: of the Run, such as its reward and judges.
     """
-    c = with_changes(self.config, changes)
+    c = with_changes(self.config, {**changes, **({"model": model} if model else {})})
     kept = self.world.held_out[: c.eval.problems]
     reward = parts.pop("reward", None) or rule_reward(c, self.tokenizer, list(asked))
     with Progress(self.console) as progress:
@@ -150,7 +154,7 @@ class Project:
         traces=MetricsFile(folder / "tokens.jsonl"),
         world=self.world,
         tokenizer=self.tokenizer,
-        policy=self.policy(model or {}),
+        policy=self.policy(model),
         train=self.encode(asked) if asked else None,
         held_out=self.encode(kept),
         held_out_problems=kept,
@@ -166,10 +170,13 @@ class Project:
 
 
 def save_weights(folder: pathlib.Path, weights: Weights) -> None:
-  checkpoints = Checkpoints(folder, keep=1)
+  """Leaves weights/, and weights.json, which names the arrays by their content: files
+  of a checkpoint are never the same twice."""
+  checkpoints = Checkpoints(folder / "weights", keep=1)
   if checkpoints.latest() is None:
     checkpoints.save(0, dict(params=weights[0], router=weights[1]), {"version": 1})
   checkpoints.close()
+  write_json(folder / "weights.json", {"sha256": digest_of(weights)})
 
 
 def load_weights(folder: pathlib.Path, network: Any, mesh: Any) -> Weights:
@@ -179,16 +186,44 @@ def load_weights(folder: pathlib.Path, network: Any, mesh: Any) -> Weights:
     folder: where `save_weights` put them.
     network: a Policy or a Value of their shapes.
     mesh: to put them on.
+
+  Raises:
+    UserError: they are gone, of another network, or not those of weights.json.
   """
   optimizer = make_optimizer(OptimizerConfig(learning_rate=0.0, steps=1))
   layout = train_state.shardings(network, optimizer, mesh, reference=False)
   begin = functools.partial(train_state.create, network, optimizer, reference=False)
   shapes = jax.eval_shape(begin, jax.random.key(0))
-  checkpoints = Checkpoints(folder, keep=1)
-  found = checkpoints.restore(
-    0,
-    {"params": shapes.params, "router": shapes.router},
-    {"params": layout.params, "router": layout.router},
-  )
-  checkpoints.close()
-  return found["params"], found["router"]
+  folder = folder.resolve()
+  try:
+    checkpoints = Checkpoints(folder / "weights", keep=1)
+    found = checkpoints.restore(
+      0,
+      {"params": shapes.params, "router": shapes.router},
+      {"params": layout.params, "router": layout.router},
+    )
+    checkpoints.close()
+    known = json.loads((folder / "weights.json").read_text())["sha256"]
+  except (UserError, OSError, ValueError, KeyError) as error:
+    raise UserError(
+      f"the weights in {folder} cannot be read as those of this network:"
+      f" {error.__cause__ or error}. Is the config the one that they were made with? If"
+      " they are damaged, run their stage again: --stage=NAME --rerun."
+    ) from error
+  weights = found["params"], found["router"]
+  if digest_of(weights) != known:
+    raise UserError(
+      f"the weights in {folder}/weights are not those that weights.json names. Run"
+      " their stage again: --stage=NAME --rerun."
+    )
+  return weights
+
+
+def digest_of(weights: Weights) -> str:
+  """sha256 over names, shapes and bytes of all arrays, whatever mesh they lie on."""
+  found = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+    array = np.asarray(jax.device_get(leaf))
+    found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+    found.update(np.ascontiguousarray(array).tobytes())
+  return found.hexdigest()

@@ -10,12 +10,10 @@ import pathlib
 import random
 
 from r1jax.data import traces
-from r1jax.data.assistant import Assistant
 from r1jax.data.traces import Trace
-from r1jax.errors import UserError
 from r1jax.metrics import write_json
 from r1jax.pipeline import filters, hooks
-from r1jax.pipeline.cold_start import asked, first_of_each
+from r1jax.pipeline.cold_start import asked, first_of_each, traces_of
 from r1jax.pipeline.project import Project, Weights
 from r1jax.pipeline.sampling import Decoding, sample
 from r1jax.run import Run
@@ -23,8 +21,13 @@ from r1jax.run import Run
 JUDGES = {"none": None}
 
 
-def accepted(section: Mapping) -> list[filters.Filter]:
-  """The filters, by a config's thresholds; the judge is asked last."""
+def accepted(section: Mapping, memory: pathlib.Path) -> list[filters.Filter]:
+  """The filters, by a config's thresholds; the judge is asked last.
+
+  Args:
+    section: the config's `rejection`.
+    memory: where what the judge says is kept; a killed stage need not ask again.
+  """
   found = [
     ("wrong", filters.correct),
     ("misformatted", filters.formatted("chat")),
@@ -33,7 +36,7 @@ def accepted(section: Mapping) -> list[filters.Filter]:
     ("code_block", filters.without_code),
     ("repetitive", filters.unrepeated(section["most_repetition"])),
   ]
-  judge = hooks.load(section["judge"], JUDGES, "rejection.judge")
+  judge = hooks.load(section["judge"], JUDGES, "rejection.judge", memory)
   if judge is not None:
     found.append(("judged_bad", lambda t: bool(judge(t.completion, t.problem))))
   return found
@@ -44,8 +47,8 @@ def collect(
 ) -> dict:
   """Leaves traces.jsonl, shuffled, and card.json; returns the card."""
   seed = this.config.seed
-  problems = asked(project, section["prompts"], section["instructed"], seed + 1)
-  texts, tokens = sample(
+  problems = asked(project, section["prompts"], section["instructed"], f"{seed} again")
+  said = sample(
     project,
     this,
     policy,
@@ -54,12 +57,10 @@ def collect(
     samples=section["samples"],
     decoding=Decoding(section["temperature"]),
   )
-  sampled = [
-    Trace(problem, text, "rl_1")
-    for problem, group in zip(problems, texts, strict=True)
-    for text in group
-  ]
-  kept, counts = filters.sift(sampled, accepted(section), of="rejection sampling")
+  sampled, truncated = traces_of(problems, said, "rl_1")
+  kept, counts = filters.sift(
+    sampled, accepted(section, folder / "judged.jsonl"), of="rejection sampling"
+  )
   reasoning = first_of_each(kept, section["keep"])
   rng = random.Random(seed)
   general = non_reasoning(project, section, len(reasoning), rng)
@@ -67,7 +68,8 @@ def collect(
   rng.shuffle(mixture)
   traces.write(folder / "traces.jsonl", mixture)
   card = {
-    "tokens": tokens,
+    "tokens": said.tokens,
+    "truncated": truncated,
     "prompts": len(problems),
     "samples": section["samples"],
     "counts": counts,
@@ -97,12 +99,5 @@ def non_reasoning(
     pool = traces.read(pathlib.Path(section["general_data"]))
     return [rng.choice(pool) for _ in range(count)]
   task = project.world.task
-  if not isinstance(task, Assistant) or not project.world.requests:
-    raise UserError(
-      f"config.rejection.general_weight={section['general_weight']} mixes in"
-      f" non-reasoning data, and of the task {project.config.task!r} with the problems"
-      " that were given there is none. Name a file of traces in"
-      " config.rejection.general_data, or set the weight to 0."
-    )
   chosen = [rng.choice(project.world.requests) for _ in range(count)]
   return [Trace(p, task.curated(p, rng), "pool") for p in chosen]

@@ -15,6 +15,7 @@ from r1jax.pipeline.project import Project, Weights
 from r1jax.run import Run, compiled, put_batch, take
 
 CHUNK, GROUP = 64, 4  # problems and samples of each that one program draws
+SAMPLE = 3  # what a random draw is for, beside RL's and the evaluations' 1 and 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,15 @@ class Decoding:
 
   temperature: float = 1.0
   top_p: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+  """What was said to each problem."""
+
+  texts: list[list[str]]  # problems x samples
+  ended: list[list[bool]]  # False: cut off by the window
+  tokens: int  # in all of them
 
 
 def sample(
@@ -35,7 +45,7 @@ def sample(
   samples: int,
   decoding: Decoding,
   model: Mapping | None = None,
-) -> tuple[list[list[str]], int]:
+) -> Sampled:
   """Completions of every problem.
 
   Args:
@@ -46,12 +56,10 @@ def sample(
     samples: of each problem, a multiple of GROUP.
     decoding: temperature and nucleus.
     model: what tells this policy's shape from others'.
-
-  Returns:
-    (texts [problems][samples], the tokens that were sampled).
   """
   file, rounds = MetricsFile(path), samples // GROUP
-  assert samples == rounds * GROUP
+  if samples != rounds * GROUP:
+    raise ValueError(f"samples={samples} must be a multiple of {GROUP}")
   file.roll_back({})  # drops the half line of a kill
   done = {row["step"]: row for row in file.rows()}
   places = [
@@ -65,7 +73,8 @@ def sample(
   for n in left:
     part, turn = places[n % len(places)], n // len(places)
     batch = put_batch(this, take(encoded, part))
-    key = jax.random.fold_in(jax.random.key(this.config.seed + 7), turn)
+    key = jax.random.fold_in(jax.random.key(this.config.seed), SAMPLE)
+    key = jax.random.fold_in(key, turn)
 
     def draw(params, router, prompts, key):
       said = rollout.sample(
@@ -89,13 +98,20 @@ def sample(
     )
     said = jax.device_get(program(*weights, batch, key))
     count = min(CHUNK, len(problems) - int(part[0]))
-    texts = generate.texts_of(said, this.tokenizer)[:count]
-    tokens = int(said.mask[:count].sum())
-    done[n] = {"phase": "sample", "step": n, "texts": texts, "tokens": tokens}
+    done[n] = {
+      "phase": "sample",
+      "step": n,
+      "texts": generate.texts_of(said, this.tokenizer)[:count],
+      "ended": said.ended[:count].tolist(),
+      "tokens": int(said.mask[:count].sum()),
+    }
     file.write(done[n])
     this.progress.update("sample", len(done), len(places) * rounds)
   texts: list[list[str]] = [[] for _ in problems]
+  ended: list[list[bool]] = [[] for _ in problems]
   for n in range(len(places) * rounds):
-    for place, group in zip(places[n % len(places)], done[n]["texts"], strict=False):
+    row, at = done[n], places[n % len(places)]
+    for place, group, ends in zip(at, row["texts"], row["ended"], strict=False):
       texts[place] += group
-  return texts, sum(row["tokens"] for row in done.values())
+      ended[place] += ends
+  return Sampled(texts, ended, sum(row["tokens"] for row in done.values()))

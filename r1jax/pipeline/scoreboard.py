@@ -118,7 +118,7 @@ def run(
     model = c.student.model if is_student else None
     with project.run(folder, {}, model=model) as this:
       this.progress.say(f"report: {column}")
-      texts, _ = sample(
+      said = sample(
         project,
         this,
         weights(inputs[stage], model),
@@ -128,7 +128,7 @@ def run(
         decoding=Decoding(r.temperature, r.top_p),
         model=model,
       )
-    cards[column] = card_of(prompts, texts)
+    cards[column] = card_of(prompts, said.texts)
   figures = summary(cards, c.ablations)
   figures["reward_hacking"] = hacking(inputs)
   write_json(folder / "report.json", figures)
@@ -207,13 +207,13 @@ def hacking(inputs: Mapping[str, pathlib.Path]) -> dict:
     metrics = MetricsFile(inputs[name] / "metrics.jsonl")
     asked = [r for r in metrics.phase("rl") if r.get("reward_model")]
     evals = metrics.phase("eval")
-    if not asked:
+    if len(asked) < 2:
       continue
     quarter = max(len(asked) // 4, 1)
     before = [r for r in evals if r["step"] < asked[0]["step"]]
     hidden = metrics.phase("examined")
     found[name] = {
-      "updates": asked[-1]["step"] - asked[0]["step"],
+      "updates": len(asked) * (asked[1]["step"] - asked[0]["step"]),
       "proxy_first": float(np.mean([r["reward_model"] for r in asked[:quarter]])),
       "proxy_last": float(np.mean([r["reward_model"] for r in asked[-quarter:]])),
       "rule_before": before[-1]["pass_at_1"],

@@ -1,29 +1,27 @@
-"""R1 as a graph of stages (arXiv 2501.12948v2, Fig. 2 and supplement B.4).
+"""What the stages of R1 do (arXiv 2501.12948v2, Fig. 2 and supplement B.4).
 
   base --zero--> R1-Zero --cold_start--> traces
   base --sft_1 on them--> Dev1 --rl_1--> Dev2 --rejection--> traces
   base --sft_3 on them--> Dev3 --rl_2, with reward models--> R1
   student_base --distill on the traces of rejection--> student; beside it, student_rl
 
-Dev3 starts from the base again, not from Dev2. Every stage is a function of (its
-folder, its inputs' folders); `graph` says which reads which, and of which part of the
-config each depends.
+Dev3 starts from the base again, not from Dev2. A stage is a function of its folder and
+its inputs' folders; wiring.py says which reads which.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import functools
 import json
 import pathlib
 from typing import Any
 
-from r1jax import loop
+from r1jax import loop, settings
 from r1jax.data import preferences, traces
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.models.value import Value
 from r1jax.pipeline import (
   cold_start,
   distill,
-  hooks,
   judging,
   preference_models,
   rejection,
@@ -31,7 +29,6 @@ from r1jax.pipeline import (
   supervised,
 )
 from r1jax.pipeline.all_scenarios_rl import Scenarios, scenario_reward
-from r1jax.pipeline.graph import Graph, Stage
 from r1jax.pipeline.project import (
   Project,
   Weights,
@@ -39,14 +36,9 @@ from r1jax.pipeline.project import (
   save_weights,
   with_changes,
 )
-from r1jax.pipeline.sampling import Decoding, sample
+from r1jax.pipeline.sampling import GROUP, Decoding, sample
 from r1jax.reinforcement import reinforce, sampled_tokens
 from r1jax.run import Run, rule_reward
-
-# What every stage's figures depend on, besides its own sections.
-SHARED = ("seed", "task", "chain", "assistant", "puzzle", "counts", "data", "model")
-RL = ("steps", "prompts", "windows", "segment_tokens", "grpo", "objective")
-RL += ("optimizer", "reward", "eval", "checkpoint_every")
 
 Folder = pathlib.Path
 Inputs = dict[str, pathlib.Path]
@@ -60,8 +52,8 @@ class Stages:
     self.config = project.config
 
   def weights(self, folder: Folder, model: Mapping | None = None) -> Weights:
-    policy = self.project.policy(model or {})
-    return load_weights(folder / "weights", policy, self.project.mesh)
+    policy = self.project.policy(model)
+    return load_weights(folder, policy, self.project.mesh)
 
   # -- what all begins with
 
@@ -80,14 +72,14 @@ class Stages:
 
   def base(self, folder: Folder, _: Inputs) -> dict:
     with self.project.run(folder, {}) as this:
-      save_weights(folder / "weights", loop.pretrain(this))
+      save_weights(folder, loop.pretrain(this))
       return {"nll": this.metrics.phase("pretrain")[-1]["nll"]}
 
   def student_base(self, folder: Folder, _: Inputs) -> dict:
     model = self.config.student.model
     changes = {"pretrain": self.config.student.pretrain}
     with self.project.run(folder, changes, model=model) as this:
-      save_weights(folder / "weights", loop.pretrain(this))
+      save_weights(folder, loop.pretrain(this))
       return {"nll": this.metrics.phase("pretrain")[-1]["nll"]}
 
   # -- supervised stages
@@ -109,7 +101,7 @@ class Stages:
       self.project,
       folder,
       student=inputs["student_base"],
-      teacher=inputs["rl_2"],
+      teacher=inputs.get("rl_2"),
       data=inputs["rejection"] / "traces.jsonl",
     )
 
@@ -128,7 +120,7 @@ class Stages:
   def judging(self, folder: Folder, inputs: Inputs) -> dict:
     with self.project.run(folder, {}) as this:
       writers = {name: self.weights(inputs[name]) for name in ("base", "sft_3")}
-      section = self.config.reward_models
+      section = self.config.judging
       return judging.collect(self.project, this, writers, section, folder)
 
   def reward_models(self, folder: Folder, inputs: Inputs) -> dict:
@@ -173,6 +165,12 @@ class Stages:
     figures = self._rl(
       folder, inputs["student_base"], student.rl, model=student.model, budget=budget
     )
+    if figures["sampled_tokens"] < budget:
+      self.project.console.print(
+        f"student_rl: {figures['sampled_tokens']} of {budget} sampled tokens when"
+        " config.student.rl.steps ended it; raise them for an equal comparison.",
+        style="yellow",
+      )
     return {"token_budget": budget, **figures}
 
   def _rl(
@@ -188,7 +186,7 @@ class Stages:
     with self.project.run(folder, changes, asked=asked, model=model) as this:
       weights = self.weights(start, model)
       learned = reinforce(this, *weights, token_budget=budget)
-      save_weights(folder / "weights", learned)
+      save_weights(folder, learned)
       return rl_figures(this)
 
   def rl_2(self, folder: Folder, inputs: Inputs) -> dict:
@@ -200,11 +198,11 @@ class Stages:
   def _all_scenarios(self, folder: Folder, inputs: Inputs, window: int) -> dict:
     """Args: window: updates with requests, at the end; 0: all of them."""
     project, section = self.project, self.config.rl_2
-    world, policy = project.world, project.policy({})
+    world, policy = project.world, project.policy()
     asked, value = [*world.train, *world.requests], Value(policy.config)
     c = with_changes(self.config, section.changes)
     if not window:
-      c = with_changes(c, {"steps": section.uncapped_steps})
+      c = with_changes(c, {"steps": self.config.rl_2_uncapped.steps})
     reward = scenario_reward(
       rule_reward(c, project.tokenizer, asked),
       asked,
@@ -221,22 +219,20 @@ class Stages:
     stream = Scenarios(
       len(world.train),
       len(world.requests),
-      prompts=c.prompts,
+      prompts=c.prompts * settings.objective(c).pool,
       share=section.general_share,
       window_from=(c.steps - window) // k if window else 0,
       seed=c.seed,
     )
-    changes = {key: c[key] for key in RL}
-    with project.run(
-      folder, changes, asked=asked, reward=reward, judges=judges
-    ) as this:
+    parts = dict(asked=asked, reward=reward, judges=judges)
+    with project.run(folder, c, **parts) as this:
       learned = reinforce(
         this,
         *self.weights(inputs["sft_3"]),
         stream=stream,
         examine=functools.partial(self._examine, this, folder),
       )
-      save_weights(folder / "weights", learned)
+      save_weights(folder, learned)
       return rl_figures(this)
 
   def _examine(
@@ -246,16 +242,17 @@ class Stages:
     problems = self.project.world.held_out_requests
     path = folder / "examined" / f"{step}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    texts, _ = sample(
+    r = self.config.report
+    said = sample(
       self.project,
       this,
       (params, router),
       problems,
       path,
-      samples=4,
-      decoding=Decoding(this.config.grpo.temperature),
+      samples=GROUP,
+      decoding=Decoding(r.temperature, r.top_p),
     )
-    return scoreboard.examined(problems, texts)
+    return scoreboard.examined(problems, said.texts)
 
   # -- the result
 
@@ -273,121 +270,3 @@ def rl_figures(this: Run) -> dict:
     "before": {key: evals[0][key] for key in kept},
     "after": {key: evals[-1][key] for key in kept},
   }
-
-
-def graph(project: Project) -> Graph:
-  """The stages of the project's config."""
-  c, bound = project.config, Stages(project)
-  plain = json.loads(json.dumps(c.to_dict()))
-
-  def stage(
-    name: str,
-    inputs: tuple[str, ...],
-    keys: tuple[str, ...],
-    artefacts: tuple[str, ...],
-    about: str,
-    run: Callable | None = None,
-    specs: tuple[str, ...] = (),
-  ) -> Stage:
-    config: dict[str, Any] = {k: plain[k] for k in (*SHARED, *keys)}
-    config |= hooks.contents(*specs)
-    run = run or getattr(bound, name)
-    return Stage(name, inputs, config, run, artefacts, about)
-
-  weights = ("weights",)
-  data = ("traces.jsonl", "card.json")
-  pretrain = ("pretrain",)
-  judged = tuple(
-    f"{s}_{kind}.jsonl" for s in judging.SIDES for kind in ("pairs", "labels")
-  )
-  base_rl, rl_2 = (*RL, "pretrain"), ("rl_2", *RL, "pretrain")
-  r, m = c.rejection, c.reward_models
-  models = scoreboard.columns(c)
-  stages = [
-    stage("world", (), pretrain, ("tokenizer.model",), "tokenizer and problems"),
-    stage("base", ("world",), pretrain, weights, "pre-training on the task's pages"),
-    stage("zero", ("base",), ("zero", *base_rl), weights, "R1-Zero: RL from the base"),
-    stage(
-      "cold_start",
-      ("world", "zero"),
-      ("cold_start", *base_rl),
-      data,
-      "Zero's thinking, filtered and rewritten",
-      specs=(c.cold_start.rewriter,),
-    ),
-    stage("sft_1", ("base", "cold_start"), ("sft_1", *base_rl), weights, "Dev1: SFT"),
-    stage(
-      "rl_1", ("sft_1",), ("rl_1", *base_rl), weights, "Dev2: RL, rules and language"
-    ),
-    stage(
-      "rejection",
-      ("world", "rl_1"),
-      ("rejection", *base_rl),
-      data,
-      "Dev2's correct and readable traces, and non-reasoning data",
-      specs=(r.judge,),
-    ),
-    stage(
-      "sft_3",
-      ("base", "rejection"),
-      ("sft_3", *base_rl),
-      weights,
-      "Dev3: SFT, from base",
-    ),
-    stage(
-      "judging",
-      ("base", "sft_3"),
-      ("reward_models", *base_rl),
-      judged,
-      "judged pairs and safety labels",
-      specs=(m.judge,),
-    ),
-    stage(
-      "reward_models",
-      ("judging", "sft_3"),
-      ("reward_models", *base_rl),
-      ("helpful", "safety"),
-      "the two reward models",
-    ),
-    stage("rl_2", ("sft_3", "reward_models"), rl_2, weights, "R1: RL, all scenarios"),
-    stage("student_base", ("world",), ("student", *pretrain), weights, "a dense base"),
-    stage(
-      "distill",
-      ("student_base", "rejection", "rl_2"),
-      ("student", "distill", *base_rl),
-      weights,
-      "the student, by distillation",
-      run=bound.distilled,
-    ),
-    stage(
-      "student_rl",
-      ("student_base", "rejection"),
-      ("student", *base_rl),
-      weights,
-      "the student, by RL on as many sampled tokens",
-    ),
-    stage("ppo", ("base",), ("ppo_baseline", *base_rl), weights, "PPO from the base"),
-  ]
-  if c.ablations:
-    stages += [
-      stage(
-        "rl_1_no_language",
-        ("sft_1",),
-        ("rl_1", *base_rl),
-        weights,
-        "RL stage 1 without the language reward",
-      ),
-      stage(
-        "rl_2_uncapped",
-        ("sft_3", "reward_models"),
-        rl_2,
-        weights,
-        "RL stage 2 with preference rewards all along",
-      ),
-    ]
-  inputs = tuple(models[name][0] for name in models)
-  keys = ("report", "student", *base_rl)
-  about = "the table, the directions, the plot"
-  left = ("report.json", "report.md", "report.png")
-  stages.append(stage("report", inputs, keys, left, about))
-  return Graph(stages)

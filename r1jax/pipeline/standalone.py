@@ -1,6 +1,7 @@
 """One stage beside a pipeline: a reward model on your own data, a student on your own
 traces. Both begin with what a pipeline has left in its workdir."""
 
+from collections.abc import Iterator, Sequence
 import contextlib
 import json
 import pathlib
@@ -15,21 +16,40 @@ from r1jax.data import preferences
 from r1jax.errors import UserError
 from r1jax.evals.report_card import ROWS, Card
 from r1jax.metrics import write_json
-from r1jax.pipeline import calibration_plot, distill, preference_models, scoreboard
+from r1jax.pipeline import (
+  calibration_plot,
+  distill,
+  hooks,
+  preference_models,
+  scoreboard,
+)
+from r1jax.pipeline.checks import check
 from r1jax.pipeline.graph import MANIFEST
-from r1jax.pipeline.project import Project, load_weights
-from r1jax.pipeline.run import check
+from r1jax.pipeline.project import Project, Weights, load_weights
 from r1jax.pipeline.sampling import Decoding, sample
-from r1jax.pipeline.stages import SHARED
+from r1jax.run import Run
 
 
 @contextlib.contextmanager
-def opened(config: ConfigDict, source: str, workdir: pathlib.Path, *needs: str):
-  """The Project of a pipeline's workdir, and the own folder.
+def opened(
+  config: ConfigDict,
+  source: str,
+  workdir: pathlib.Path,
+  needs: Sequence[str],
+  begun: dict,
+) -> Iterator[Project]:
+  """The Project of a pipeline's workdir, with a folder of its own for the result.
+
+  Args:
+    config: as the pipeline's, where it speaks of the world.
+    source: the pipeline's workdir.
+    workdir: of the result.
+    needs: stages that have to be done there.
+    begun: what a call is begun with; a folder goes on only with the same.
 
   Raises:
     UserError: no pipeline there, one of another config, a stage that is not done, or a
-      folder that holds a finished result.
+      folder of another call or with a finished result.
   """
   check(config)
   if not source:
@@ -42,8 +62,7 @@ def opened(config: ConfigDict, source: str, workdir: pathlib.Path, *needs: str):
         f" experiments.r1 --workdir={source} --stage={stage}"
       )
   then = json.loads((folder / "world" / MANIFEST).read_text())["config"]
-  now = {key: settings.plain(config)[key] for key in SHARED}
-  changes = settings.differences({key: then[key] for key in SHARED}, now)
+  changes = settings.differences(then, {k: settings.plain(config)[k] for k in then})
   if changes:
     raise UserError(
       f"--from={source} is a pipeline of another config ({'; '.join(changes)}). Give"
@@ -54,8 +73,17 @@ def opened(config: ConfigDict, source: str, workdir: pathlib.Path, *needs: str):
       f"--workdir={workdir} holds a finished result; nothing was overwritten. Choose"
       " another one."
     )
+  mark, begun = workdir / "begun.json", {"from": str(folder), **begun}
+  if mark.exists():
+    other = settings.differences(json.loads(mark.read_text()), begun)
+    if other:
+      raise UserError(
+        f"--workdir={workdir} was begun otherwise ({'; '.join(other)}); nothing was"
+        " overwritten. Choose another one, or call it as it was begun."
+      )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
+    write_json(mark, begun)
   except OSError as error:
     raise UserError(
       f"--workdir={workdir} cannot be written ({error.strerror}). Choose another one."
@@ -88,7 +116,12 @@ def reward_model(
   if bool(train) != bool(held_out):
     raise UserError("--train and --held_out: give both files, or none.")
   needs = ("sft_3",) if train else ("sft_3", "judging")
-  with opened(config, source, workdir, *needs) as project:
+  begun = {
+    "kind": kind,
+    "reward_models": settings.plain(config)["reward_models"],
+    **hooks.contents(train, held_out),
+  }
+  with opened(config, source, workdir, needs, begun) as project:
     name = "pairs" if kind == "helpful" else "labels"
     own = project.workdir / "judging"
     files = {
@@ -105,8 +138,8 @@ def reward_model(
           )
       else:
         data[side] = preferences.read_safety(path)
-    policy = project.policy({})
-    start = load_weights(project.workdir / "sft_3" / "weights", policy, project.mesh)
+    policy = project.policy()
+    start = load_weights(project.workdir / "sft_3", policy, project.mesh)
     with project.run(workdir, {}) as this:
       figures = preference_models.train(
         project, this, start, data, kind, config.reward_models, workdir
@@ -147,8 +180,14 @@ def student(
   needs = ["student_base"] if not student_from else []
   needs += [] if file else ["rejection"]
   needs += [] if config.distill.mode == "sft" else ["rl_2"]
-  with opened(config, source, workdir, *needs) as project:
-    teacher, base = project.workdir, pathlib.Path(student_from or project.workdir)
+  begun = {
+    "student": str(pathlib.Path(student_from).resolve()) if student_from else "",
+    **{k: settings.plain(config)[k] for k in ("student", "distill", "report")},
+    **hooks.contents(file),
+  }
+  with opened(config, source, workdir, needs, begun) as project:
+    teacher = project.workdir
+    base = pathlib.Path(student_from).resolve() if student_from else teacher
     distill.same_tokenizer(base / "world", teacher / "world")
     if not (base / "student_base" / MANIFEST).exists():
       raise UserError(f"--student={base} has no finished stage 'student_base'.")
@@ -162,7 +201,7 @@ def student(
     cards = {}
     for name, folder in (("before", base / "student_base"), ("after", workdir)):
       with project.run(workdir, {}, model=config.student.model) as this:
-        weights = load_weights(folder / "weights", this.policy, project.mesh)
+        weights = load_weights(folder, this.policy, project.mesh)
         cards[name] = card_of(project, this, weights, workdir / f"{name}.jsonl")
     table = rich.table.Table("percent", *cards)
     for row in ROWS:
@@ -175,11 +214,11 @@ def student(
     project.console.print(f"Files: {workdir}", highlight=False, soft_wrap=True)
 
 
-def card_of(project: Project, this, weights, path: pathlib.Path) -> Card:
+def card_of(project: Project, this: Run, weights: Weights, path: pathlib.Path) -> Card:
   """A student's row of the table."""
   r, prompts = project.config.report, scoreboard.sets_of(project)
   every = [p for rows in prompts.values() for p in rows]
-  texts, _ = sample(
+  said = sample(
     project,
     this,
     weights,
@@ -189,4 +228,4 @@ def card_of(project: Project, this, weights, path: pathlib.Path) -> Card:
     decoding=Decoding(r.temperature, r.top_p),
     model=project.config.student.model,
   )
-  return scoreboard.card_of(prompts, texts)
+  return scoreboard.card_of(prompts, said.texts)

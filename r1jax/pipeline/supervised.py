@@ -60,7 +60,7 @@ def fine_tune(
   config = tuning_config(packed, sft)
   tokens = packed.pages.segments > 0
   learned = tune(this, lambda: packed.pages, config, start=start, seed=this.config.seed)
-  save_weights(folder / "weights", learned)
+  save_weights(folder, learned)
   return {
     "examples": len(rows),
     "too_long": packed.too_long,

@@ -22,6 +22,7 @@ from r1jax.data.assistant import (
   rewritten,
   said,
 )
+from r1jax.data.preferences import GRADES
 from r1jax.data.problem import Problem
 from r1jax.data.problems import squeeze
 from r1jax.rewards.accuracy import accuracy
@@ -132,10 +133,13 @@ def test_facts_are_true_steps_or_true_words_about_things():
     if step := STEP.fullmatch(fact):
       assert eval("{} {} {}".format(*step.groups()[:3])) == int(step[4])
     else:
-      (thing, first), (trait, second) = assistant.words_in(fact)
-      assert first == second and trait in (THINGS | DANGERS)[thing][1]
+      (thing, language), *traits, (verdict, _) = assistant.words_in(fact)
+      assert {tongue for _, tongue in assistant.words_in(fact)} == {language}
+      true = [trait in (THINGS | DANGERS)[thing][1] for trait, _ in traits]
+      assert 1 <= len(true) <= 3 and len({t for t, _ in traits}) == len(true)
+      assert verdict == ("yes" if all(true) else "no")
     kinds.append(bool(step))
-  assert 300 < sum(kinds) < 400
+  assert 250 < sum(kinds) < 350
 
 
 def test_a_single_step_is_a_fact_in_either_language():
@@ -347,9 +351,12 @@ def test_no_held_out_sum_is_trained_on_in_the_other_language(world):
 
 def test_requests_have_sides_of_their_own(world):
   corpus_side = [p for p in world.pretrain if p.domain != "reasoning"]
-  sides = corpus_side, world.requests, world.held_out_requests
+  assert corpus_side == world.requests  # there are few
+  sides = world.requests, world.held_out_requests
   texts = [{p.problem for p in side} for side in sides]
   assert all(texts) and sum(map(len, texts)) == len(set.union(*texts)) == 576
+  identities = [{world.task.identity(p) for p in side} for side in sides]
+  assert not set.intersection(*identities)
   for side in sides:
     kinds = {(p.domain, p.language) for p in side}
     assert kinds == set(itertools.product(("helpful", "safety"), LANGUAGES))
@@ -368,7 +375,7 @@ def test_no_page_is_about_what_the_evaluation_asks(world):
     world.task, world.pretrain, 2000, mix=MIX, template="short", facts_a_page=4, seed=0
   )
   asked = {re.sub(r"<\|\w+\|>", "", prompt) for prompt, _ in made if prompt}
-  kept = (*world.held_out, *world.held_out_requests, *world.train, *world.requests)
+  kept = (*world.held_out, *world.held_out_requests, *world.train)
   assert not asked & {p.problem for p in kept}
   text = "\n".join(page for _, page in made)
   for p in world.held_out:
@@ -645,7 +652,7 @@ def test_thanks_that_do_not_end_the_reply_are_not_polite(end):
 
 
 def judge(**how):
-  p = dict(noise=0.0, first_bias=0.0, seed=0) | how
+  p = dict(noise=0.0, first_bias=0.0, length_bias=0.0, seed=0) | how
   return notions.arena_judge({CAT.problem: "en", MAO.problem: "zh"}, **p)
 
 
@@ -657,9 +664,9 @@ def test_a_judge_without_noise_prefers_the_better_reply_whichever_stands_first()
   ours = judge()
   for a, b in itertools.product(range(4), repeat=2):
     got = ours(CAT.problem, reply(a), reply(b))
-    assert got in notions.GRADES
-    # A third of the scale is a strong difference.
-    assert got == ("A=B" if a == b else "A>>B" if a > b else "B>>A")
+    # Two thirds of the scale are a strong difference, one is not.
+    strong = ">>" if abs(a - b) > 1 else ">"
+    assert got == ("A=B" if a == b else f"A{strong}B" if a > b else f"B{strong}A")
   weak = reply(2), reply(2) + " loud"
   assert ours(CAT.problem, *weak) == "A>B" and ours(CAT.problem, *weak[::-1]) == "B>A"
 
@@ -669,7 +676,7 @@ def test_a_judge_reads_the_language_of_the_prompt_and_the_summary_alone():
   assert ours(MAO.problem, zh, en) == "A>>B"
   assert ours(CAT.problem, zh, en) == "B>>A"
   long = f"<think>{'cat soft small shy ' * 9}</think> cat"
-  assert ours(CAT.problem, long, reply(1)) == "B>>A"
+  assert ours(CAT.problem, long, reply(1)) == "B>A"
 
 
 def test_a_judge_is_biased_towards_what_it_reads_first_as_said():
@@ -682,18 +689,26 @@ def test_a_judge_is_biased_towards_what_it_reads_first_as_said():
 
 @pytest.mark.parametrize("noise, bias", [(0.1, 0.0), (0.1, 0.1), (0.3, -0.2)])
 def test_a_noisy_judge_grades_as_its_noise_and_bias_say(noise, bias):
-  ours, n = judge(noise=noise, first_bias=bias, seed=1), 8000
+  ours, n = judge(noise=noise, first_bias=bias, length_bias=0.0, seed=1), 8000
   a, b = reply(2), reply(2) + " loud"
   got = [ours(CAT.problem, a, b) for _ in range(n)]
-  assert set(got) <= set(notions.GRADES)
+  assert set(got) <= set(GRADES)
 
   def below(x):  # the share of differences under x
     return 0.5 * (1 + math.erf((x - 1 / 6 - bias) / noise / 2**0.5))
 
-  ends = [below(x) for x in (-0.25, -0.05, 0.05, 0.25)]
+  ends = [below(x) for x in (-0.35, -0.05, 0.05, 0.35)]
   shares = np.diff([0.0, *ends, 1.0])
-  for grade, share in zip(notions.GRADES[::-1], shares, strict=True):
+  for grade, share in zip(reversed(GRADES), shares, strict=True):
     assert abs(got.count(grade) / n - share) < 0.02, grade
+
+
+def test_a_judge_with_a_taste_for_length_likes_words_whatever_they_say():
+  ours = judge(length_bias=0.1)
+  long = reply(2) + " loud loud loud loud"  # worse by two thirds, longer by four words
+  assert ours(CAT.problem, long, reply(2)) == "B>A"
+  assert judge(length_bias=0.3)(CAT.problem, long, reply(2)) == "A>>B"
+  assert judge()(CAT.problem, long, reply(2)) == "B>>A"
 
 
 def test_a_judge_is_a_function_of_its_seed():

@@ -16,11 +16,11 @@ SMALL = """
   model.width=48 model.heads=2 model.layers=2 pretrain.steps=150 pretrain.rows=24
   pretrain.micro_batches=2 prompts=8 grpo.group_size=4 grpo.micro_batches=2
   grpo.reference_refresh=4 eval.problems=8 eval.samples=4 eval.every=4
-  checkpoint_every=2 steps=4 rl_2.changes.steps=6 rl_2.window=4 rl_2.uncapped_steps=4
+  checkpoint_every=2 steps=4 rl_2.changes.steps=6 rl_2.window=4 rl_2_uncapped.steps=4
   student.rl.steps=4 cold_start.prompts=128 cold_start.samples=8 cold_start.most=20
   sft_1.epochs=1 sft_3.epochs=1 distill.epochs=1 rejection.prompts=128
-  rejection.samples=8 rejection.least_consistency=0.0 reward_models.samples=8
-  reward_models.pairs_a_prompt=8 counts.pretrain=400 counts.train=128
+  rejection.samples=8 rejection.least_consistency=0.0 judging.samples=8
+  judging.pairs_a_prompt=8 reward_models.epochs=1 counts.pretrain=400 counts.train=128
   counts.held_out=64 report.problems=32 report.samples=4
 """
 
@@ -38,7 +38,7 @@ def run(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
   "argument, words",
   [
     ("--stage=nowhere", ["'nowhere'", "cold_start", "rejection"]),
-    ("--stage=rejection", ["rejection reads world", "missing", "--stage=world"]),
+    ("--stage=rejection", ["rejection reads rl_1", "missing", "--stage=rl_1"]),
     ("--config.task=chain", ["'chain'", "assistant"]),
     ("--config.rl_2.window=100", ["rl_2.window=100", "multiple", "updates"]),
     ("--config.rl_2.general_share=1.5", ["general_share=1.5", "between 0 and 1"]),
@@ -48,7 +48,15 @@ def run(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
     ("--config.rejection.judge=no.py:f", ["no.py"]),
     ("--config.reward.host=True", ["reward.host=True", "in the graph"]),
     ("--config.data.prefill_think=True", ["prefill_think=True"]),
-    ("--config.zero.steps=3", ["steps"]),
+    ("--config.rl_2.squash=tanh", ["'tanh'", "sigmoid"]),
+    ("--config.judging.judgments=3", ["judgments=3", "even"]),
+    ("--config.report.temperature=0.0", ["report.temperature=0.0", "above 0"]),
+    ("--config.distill.divergence=x", ["'x'", "forward_kl"]),
+    ("--config.sft_1.learning_rate=-1.0", ["sft_1.learning_rate=-1.0", "above 0"]),
+    ("--config.sft_1.micro_batches=0", ["sft_1.rows", "above 0"]),
+    ("--config.rejection.general_data=no.jsonl", ["no.jsonl", "cannot be read"]),
+    ("--config.student.model.mtp_depth=1", ["config.student", "mtp_depth"]),
+    ("--config.zero.steps=3", ["no config key"]),
     ("--config.sft_3.rows=9", ["sft_3.rows=9", "micro_batches"]),
   ],
 )

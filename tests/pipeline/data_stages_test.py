@@ -25,8 +25,9 @@ from r1jax.metrics import MetricsFile
 from r1jax.models import config as sizes
 from r1jax.models.policy import Policy
 from r1jax.models.value import Value
-from r1jax.pipeline import cold_start, filters, rejection, supervised
+from r1jax.pipeline import cold_start, filters, hooks, rejection, supervised
 from r1jax.pipeline.project import Project, load_weights, save_weights, with_changes
+from r1jax.pipeline.sampling import Sampled
 from r1jax.rewards.language import language_consistency
 
 # -- changes of a config ---------------------------------------------------------------
@@ -99,6 +100,17 @@ def test_weights_come_back_bit_for_bit_and_on_the_mesh(name, random_weights, tmp
   assert sum(cut) > len(cut) / 3  # over fsdp: its matrices
 
 
+def test_weights_are_known_by_what_they_hold(random_weights, tmp_path):
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+    save_weights(tmp_path / name, random_weights(NETWORKS["dense"], seed=seed))
+  a, b, c = ((tmp_path / n / "weights.json").read_bytes() for n in "abc")
+  assert a == b != c
+  (tmp_path / "a" / "weights.json").write_bytes(c)
+  with pytest.raises(UserError, match="not those that weights.json names"):
+    load_weights(tmp_path / "a", NETWORKS["dense"], mesh)
+
+
 def test_weights_of_another_shape_or_none_are_refused(random_weights, tmp_path):
   mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
   save_weights(tmp_path / "weights", random_weights(NETWORKS["dense"]))
@@ -165,12 +177,6 @@ def test_all_of_them_are_asked_where_there_are_fewer_and_no_held_out_one(project
   )
 
 
-def test_a_task_without_instructions_gives_none(tmp_path):
-  chain = make_project(tmp_path, task="chain")
-  asked = cold_start.asked(chain, 10, 1.0, seed=0)
-  assert set(asked) <= set(chain.world.train) and len(asked) == 10
-
-
 # -- what they keep --------------------------------------------------------------------
 
 
@@ -218,16 +224,17 @@ def test_rejection_drops_more_and_asks_a_judge_last(tmp_path):
     "  return 'bet' not in completion\n"
   )
   section = READ | dict(most_paragraph=400, judge=f"{tmp_path}/mine.py:judge")
-  found = rejection.accepted(section)
+  memory = tmp_path / "judged.jsonl"
+  found = rejection.accepted(section, memory)
   names = [name for name, _ in found]
   assert sorted(names) == sorted(FAULTS) and names[-1] == "judged_bad"
   for name in names:
     assert fault_of(FAULTS[name], found) == name
   assert fault_of(f"{THOUGHT}<answer>7</answer>", found) is None
-  unjudged = rejection.accepted(section | dict(judge="none"))
+  unjudged = rejection.accepted(section | dict(judge="none"), memory)
   assert [name for name, _ in unjudged] == names[:-1]
   with pytest.raises(UserError, match=r"config\.rejection\.judge='nobody'"):
-    rejection.accepted(section | dict(judge="nobody"))
+    rejection.accepted(section | dict(judge="nobody"), memory)
 
 
 READABLE = {
@@ -265,7 +272,8 @@ def sampler(write):
 
   def sample(project, this, weights, problems, path, *, samples, decoding):
     assert decoding.temperature == 1.0
-    return [[write(p, n) for n in range(samples)] for p in problems], 1234
+    texts = [[write(p, n) for n in range(samples)] for p in problems]
+    return Sampled(texts, [[True] * samples for _ in problems], 1234)
 
   return sample
 
@@ -356,7 +364,7 @@ def test_rejection_mixes_accepted_traces_with_replies_by_weight(
   assert card["non_reasoning"] == len(rows) - len(reasoning)
   assert card["non_reasoning"] == round(len(reasoning) / 3)
   assert {r.source for r in reasoning} == {"rl_1"}
-  found = rejection.accepted(section)
+  found = rejection.accepted(section, tmp_path / "judged.jsonl")
   assert all(keeps(row) for row in reasoning for _, keeps in found)
   kept = [(r.problem.problem, r.completion) for r in reasoning]
   assert len(set(kept)) == len(kept)
@@ -394,22 +402,26 @@ def test_replies_come_from_a_users_file_if_there_is_one(project, tmp_path):
     rejection.non_reasoning(project, section, 40, random.Random(0))
 
 
-def test_without_weight_there_are_none_whatever_the_task(tmp_path):
-  chain = make_project(tmp_path, task="chain")
+def test_without_weight_there_are_none(project):
   none = MIXED | dict(general_weight=0.0)
-  assert rejection.non_reasoning(chain, none, 40, random.Random(0)) == []
-  with pytest.raises(UserError, match=r"general_weight=0\.5.*'chain'.*is none.*weight"):
-    rejection.non_reasoning(chain, MIXED, 40, random.Random(0))
+  assert rejection.non_reasoning(project, none, 40, random.Random(0)) == []
 
 
-def test_a_world_of_a_users_problems_has_no_requests_and_says_so(tmp_path):
-  """The task is the assistant, the problems are a file's."""
-  lines = [json.dumps({"problem": f"{i} + 70", "answer": i + 70}) for i in range(40)]
-  (tmp_path / "mine.jsonl").write_text("\n".join(lines))
-  given = make_project(tmp_path, data=dict(problems=str(tmp_path / "mine.jsonl")))
-  assert given.world.requests == [] and isinstance(given.world.task, Assistant)
-  with pytest.raises(UserError, match=r"general_weight"):
-    rejection.non_reasoning(given, MIXED, 40, random.Random(0))
+def test_what_a_users_function_said_is_not_asked_again(tmp_path):
+  """Yet the n-th answer to the same question may differ from the first."""
+  (tmp_path / "mine.py").write_text(
+    "said = []\n"
+    "def judge(completion, problem):\n"
+    "  said.append(completion)\n"
+    "  return len(said)\n"
+  )
+  spec, memory = f"{tmp_path}/mine.py:judge", tmp_path / "said.jsonl"
+  first = hooks.load(spec, {}, "rejection.judge", memory)
+  assert [first(x, SUM) for x in "aab"] == [1, 2, 3]
+  with memory.open("a") as file:
+    file.write('{"phase": "sa')  # a kill
+  again = hooks.load(spec, {}, "rejection.judge", memory)
+  assert [again(x, SUM) for x in "aabb"] == [1, 2, 3, 1]  # the last one is new
 
 
 # -- SFT -------------------------------------------------------------------------------
@@ -503,5 +515,5 @@ def test_a_stage_says_what_it_learned_from_and_leaves_its_weights(
     "updates": seen["config"].optimizer.steps,
     "nll": 1.5,
   }
-  back = load_weights(tmp_path / "weights", NETWORKS["dense"], project.mesh)
+  back = load_weights(tmp_path, NETWORKS["dense"], project.mesh)
   assert_same(host(back), host(start))
