@@ -101,12 +101,10 @@ def arena_judge(
   rng = random.Random(seed)
 
   def judge(prompt: str, first: str, second: str) -> str:
-    a, b = (
-      _helpfulness(prompt, language_of[prompt], text)
-      + length_bias * len(words_in(text))
-      for text in map(summary_of, (first, second))
-    )
-    gap = a - b + first_bias + rng.gauss(0.0, noise)
+    said = [summary_of(first), summary_of(second)]
+    a, b = (_helpfulness(prompt, language_of[prompt], text) for text in said)
+    longer = len(words_in(said[0])) - len(words_in(said[1]))
+    gap = a - b + first_bias + length_bias * longer + rng.gauss(0.0, noise)
     if abs(gap) < 0.05:
       return "A=B"
     strong = abs(gap) > 0.35

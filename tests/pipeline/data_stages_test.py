@@ -107,7 +107,7 @@ def test_weights_are_known_by_what_they_hold(random_weights, tmp_path):
   a, b, c = ((tmp_path / n / "weights.json").read_bytes() for n in "abc")
   assert a == b != c
   (tmp_path / "a" / "weights.json").write_bytes(c)
-  with pytest.raises(UserError, match="not those that weights.json names"):
+  with pytest.raises(UserError, match=r"not those that weights\.json names"):
     load_weights(tmp_path / "a", NETWORKS["dense"], mesh)
 
 
