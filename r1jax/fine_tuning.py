@@ -69,7 +69,7 @@ def tune(
     def batch(i: int) -> sft.Pages:
       return put_batch(this, jax.tree.map(lambda x: x[taken(i)], rows))
 
-    def pretrain_step(state, pages, teacher):
+    def next_token_step(state, pages, teacher):
       if step is not None:
         return step(state, pages, teacher, optimizer=optimizer)
       return sft.step(
@@ -83,10 +83,10 @@ def tune(
       )
 
     args, out = (state, batch(0), teacher), (shardings, None)
-    program = compiled(this, pretrain_step, *args, donate=(0,), out_shardings=out)
+    program = compiled(this, next_token_step, *args, donate=(0,), out_shardings=out)
     third = max(steps // 3, 1)
     for i in range(begun, steps):
-      with this.clock.phase("pretrain"):
+      with this.clock.phase(phase):
         state, figures = program(state, batch(i), teacher)
         if i % 10 == 9 or i + 1 == steps:
           figures = {k: float(v) for k, v in figures.items()}

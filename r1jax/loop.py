@@ -26,7 +26,7 @@ from r1jax.rewards.verdict import OUTCOMES
 from r1jax.run import Run, make_pages, open_workdir, prepare
 
 PROGRAMS = (
-  *("pretrain_step", "evaluate", "whole_step"),
+  *("next_token_step", "evaluate", "whole_step"),
   # a step in segments
   *("wave", "start", "advance", "score", "fill", "experience", "update", "trace"),
 )

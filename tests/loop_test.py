@@ -63,7 +63,11 @@ def test_a_run_leaves_its_summary_curves_and_groups(finished):
   for column in ("base", "half_way", "final"):
     assert figures | {"format_rate"} <= set(summary[column])
   assert (summary["base"]["step"], summary["final"]["step"]) == (0, 12)
-  assert summary["compilations"] == {"pretrain_step": 1, "evaluate": 1, "whole_step": 1}
+  assert summary["compilations"] == {
+    "next_token_step": 1,
+    "evaluate": 1,
+    "whole_step": 1,
+  }
   assert {"compile", "pretrain", "rl", "evaluate", "total"} <= set(summary["seconds"])
   assert summary["seed"] == 0 and len(summary["config_sha256"]) == 64
   assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"

@@ -8,7 +8,7 @@ import rich.console
 
 from r1jax import sharding
 from r1jax.errors import UserError
-from r1jax.pipeline import scoreboard
+from r1jax.pipeline import display, scoreboard
 from r1jax.pipeline.checks import check
 from r1jax.pipeline.project import Project
 from r1jax.pipeline.wiring import graph
@@ -44,7 +44,7 @@ def run(
     stages.run(workdir, only=stage or None, rerun=rerun, say=say)
   found = stages.status(workdir)
   if not stage and found["report"].state == "done":
-    scoreboard.show_file(console, workdir / "report" / "report.json")
+    display.show_file(console, workdir / "report" / "report.json")
     spent = sum(s.seconds for s in found.values())
     say(
       f"{spent / 60:.1f} minutes in the calls that finished the stages; the table:"
@@ -56,9 +56,7 @@ def show_seeds(folders: list[pathlib.Path], workdir: pathlib.Path) -> None:
   """One table of several seeds' reports, with intervals over seeds."""
   console = rich.console.Console()
   figures = scoreboard.over_seeds([f / "report" / "report.json" for f in folders])
-  text = scoreboard.markdown(figures)
+  text = display.markdown(figures)
   (workdir / "seeds.md").write_text(text, encoding="utf-8")
-  scoreboard.plot(
-    workdir / "seeds.png", figures, f"R1 in miniature, {len(folders)} seeds"
-  )
-  scoreboard.show(console, figures)
+  display.plot(workdir / "seeds.png", figures, f"R1 in miniature, {len(folders)} seeds")
+  display.show(console, figures)

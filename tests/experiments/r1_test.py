@@ -99,29 +99,32 @@ def kill_when(there: pathlib.Path, arguments: list[str]) -> None:
   process.wait()
 
 
-@pytest.mark.slow
-def test_a_run_that_is_killed_three_times_ends_where_it_would_have(tmp_path):
-  cache = f"--config.compilation_cache={tmp_path / 'cache'}"
-  whole = ["--config.ablations=True", cache, f"--workdir={tmp_path / 'whole'}"]
-  done = run(*whole)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """A run that nothing disturbed: (its workdir, the flags of every run)."""
+  folder = tmp_path_factory.mktemp("runs")
+  flags = ["--config.ablations=True", f"--config.compilation_cache={folder / 'cache'}"]
+  done = run(*flags, f"--workdir={folder / 'whole'}")
   assert done.returncode == 0, done.stderr
   assert "cold start: format above Zero" in " ".join(done.stdout.split())
+  return folder / "whole", flags
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_three_times_ends_where_it_would_have(whole, tmp_path):
+  undisturbed, flags = whole
   killed = tmp_path / "killed"
-  again = ["--config.ablations=True", cache, f"--workdir={killed}"]
+  again = [*flags, f"--workdir={killed}"]
   kill_when(killed / "zero" / "checkpoints" / "rl" / "2", again)
   kill_when(killed / "rejection" / "samples.jsonl", again)
   kill_when(killed / "rl_2" / "checkpoints" / "rl" / "2", again)
   done = run(*again)
   assert done.returncode == 0, done.stderr
   assert "goes on where it was stopped" in done.stdout
-  for file in (
-    "report/report.json",
-    "cold_start/traces.jsonl",
-    "rejection/traces.jsonl",
-    "judging/train_pairs.jsonl",
-  ):
-    ours, theirs = tmp_path / "whole" / file, killed / file
-    assert ours.read_bytes() == theirs.read_bytes(), file
+  files = ["report/report.json", "cold_start/traces.jsonl", "rejection/traces.jsonl"]
+  files += ["judging/train_pairs.jsonl", "rl_2/weights.json", "distill/weights.json"]
+  for file in files:
+    assert (undisturbed / file).read_bytes() == (killed / file).read_bytes(), file
   report = json.loads((killed / "report" / "report.json").read_text())
   assert {"base", "Zero", "Dev1", "Dev2", "Dev3", "R1"} <= set(report["table"])
 
@@ -135,3 +138,35 @@ def test_a_run_that_is_killed_three_times_ends_where_it_would_have(tmp_path):
   assert "--rerun" in done.stderr
   assert (killed / "sft_1" / "manifest.json").read_bytes() == before
   assert not os.path.exists(killed / "old")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sft", "logits", "on_policy"])
+def test_a_student_on_its_own(mode, whole, tmp_path):
+  pipeline, flags = whole
+  call = [*flags, f"--from={pipeline}", f"--workdir={tmp_path / 'student'}"]
+  call += [f"--config.distill.mode={mode}", "--config.distill.on_policy_steps=3"]
+  done = run(*call, module="distill")
+  assert done.returncode == 0, done.stderr
+  summary = json.loads((tmp_path / "student" / "summary.json").read_text())
+  assert summary["mode"] == mode and {"before", "after"} <= set(summary)
+  digests = [
+    (f / "weights.json").read_text()
+    for f in (pipeline / "distill", tmp_path / "student")
+  ]
+  assert (digests[0] == digests[1]) == (mode == "sft")  # the pipeline's own student
+  done = run(*call, module="distill")
+  assert done.returncode == 2 and "nothing was overwritten" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["helpful", "safety"])
+def test_a_reward_model_on_its_own(kind, whole, tmp_path):
+  pipeline, flags = whole
+  folder = tmp_path / "model"
+  call = [*flags, f"--from={pipeline}", f"--workdir={folder}", f"--kind={kind}"]
+  done = run(*call, module="reward_model")
+  assert done.returncode == 0, done.stderr
+  assert (folder / "calibration.png").read_bytes()[:4] == b"\x89PNG"
+  own = (folder / kind / "weights.json").read_bytes()
+  assert own == (pipeline / "reward_models" / kind / "weights.json").read_bytes()
