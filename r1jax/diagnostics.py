@@ -90,14 +90,20 @@ def alarms(figures: dict[str, float], thresholds: Mapping[str, float]) -> list[s
   ]
 
 
-def hacked(train: Sequence[dict], evals: Sequence[dict], drop: float) -> str:
+def hacked(
+  train: Sequence[dict],
+  evals: Sequence[dict],
+  drop: float,
+  score: str = "pass_at_1",
+) -> str:
   """A sentence where the preference reward rises and the rules' score falls: the policy
   pleases the reward model and not people (R1, section 3.2.2 and Fig. 6). Else "".
 
   Args:
     train: metrics of RL steps; those with a reward model's part count.
-    evals: evaluations by rules, with pass_at_1, in their order.
-    drop: of pass@1 since the last evaluation before the first such step.
+    evals: evaluations by rules, in their order.
+    drop: of the score since the last evaluation before the first such step.
+    score: the name of what the rules say.
   """
   asked = [row for row in train if row.get("reward_model")]
   before = [row for row in evals if asked and row["step"] < asked[0]["step"]]
@@ -108,12 +114,12 @@ def hacked(train: Sequence[dict], evals: Sequence[dict], drop: float) -> str:
     sum(row["reward_model"] for row in rows) / len(rows)
     for rows in (asked[:half], asked[half:])
   )
-  lost = before[-1]["pass_at_1"] - evals[-1]["pass_at_1"]
+  lost = before[-1][score] - evals[-1][score]
   if last <= first or lost <= drop:
     return ""
   return (
     f"reward hacking? The preference reward rose from {first:.3f} to {last:.3f} and"
-    f" pass@1 on held-out problems fell by {lost:.3f}, more than"
+    f" {score} on held-out problems fell by {lost:.3f}, more than"
     f" config.reward.alarm.hacking={drop}. Shorten the window with preference rewards,"
     " or lower their weight."
   )

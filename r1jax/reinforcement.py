@@ -112,8 +112,9 @@ def reinforce(
     if last or step % c.eval.every == 0:
       evaluate(state, step)
       rows, drop = this.metrics.phase, c.reward.alarm.hacking
-      if warning := diagnostics.hacked(rows("rl"), rows("eval"), drop):
-        this.progress.say(f"update {step}: {warning}")
+      for phase, score in (("eval", "pass_at_1"), ("examined", "helpfulness")):
+        if warning := diagnostics.hacked(rows("rl"), rows(phase), drop, score):
+          this.progress.say(f"update {step}: {warning}")
     if last or step % c.checkpoint_every == 0:
       with this.clock.phase("save"):
         host = {"stream": stream.get_state(), "clock": this.clock.state()}

@@ -32,7 +32,8 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 def tiny() -> ConfigDict:
   c = r1_zero.tiny()
   c.preset = "tiny"
-  c.ablations = False  # also RL without the language reward, and RL uncapped
+  c.ablations = False  # also RL without the language reward, and RL stage 2 uncapped,
+  # with a good reward model and with a weak one
 
   # -- the world and the base
   c.task = "assistant"
@@ -93,13 +94,13 @@ def tiny() -> ConfigDict:
   c.judging = ConfigDict()
   c.judging.samples = 16  # replies of each writer, the base and Dev3, to a request
   c.judging.temperature = 1.0  # not stated
-  c.judging.pairs_a_prompt = 160  # 66,000 pairs in the paper
+  c.judging.pairs_a_prompt = 200  # 66,000 pairs in the paper
   c.judging.judgments = 4  # B.2, half of them with A and B swapped
   c.judging.balance_length = True  # B.2
   c.judging.judge = "arena"  # or FILE.py:function(prompt, first, second) -> grade
   c.judging.judge_noise = 0.1  # of the miniature's judge
   c.judging.judge_first_bias = 0.1  # what it adds for the reply it reads first
-  c.judging.judge_length_bias = 0.05  # and for every word that a summary is longer
+  c.judging.judge_length_bias = 0.02  # and for every word that a summary is longer
 
   # -- reward models (3.1, B.2)
   c.reward_models = ConfigDict()
@@ -129,8 +130,13 @@ def tiny() -> ConfigDict:
   c.rl_2.changes.eval = ConfigDict()
   c.rl_2.changes.eval.temperature = 1.0  # as the table's
 
+  # -- ablations of stage 2
   c.rl_2_uncapped = ConfigDict()
-  c.rl_2_uncapped.steps = 160  # of the ablation: updates, all of them with requests
+  c.rl_2_uncapped.steps = 120  # updates, all of them with requests
+  c.weak_reward_model = ConfigDict()
+  c.weak_reward_model.pairs = (
+    600  # that the helpful model learns from; few, to be hacked
+  )
 
   # -- the student
   c.student = ConfigDict()

@@ -15,6 +15,14 @@ import rich.table
 from r1jax.evals.report_card import ROWS
 from r1jax.metrics import MetricsFile
 
+# Stages whose rewards a model gives, in the order of the plot.
+HACKING = {
+  "rl_2": "R1: preference rewards at the end",
+  "rl_2_uncapped": "all along",
+  "rl_2_weak": "weak reward model, at the end",
+  "rl_2_weak_uncapped": "weak reward model, all along",
+}
+
 
 def cell_text(cell: Mapping) -> str:
   low, high = cell["interval"]
@@ -90,12 +98,12 @@ def plot(path: pathlib.Path, figures: Mapping, title: str) -> None:
 def plot_hacking(path: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None:
   """Fig. 6 in miniature: what the reward model says of the requests that RL asks,
   against what people would say of held-out ones and the accuracy on held-out sums."""
-  names = {"rl_2": "R1: preference rewards at the end", "rl_2_uncapped": "all along"}
-  shown = [name for name in names if name in inputs]
+  shown = [name for name in HACKING if name in inputs]
+  rows = -(-len(shown) // 2)
   figure, axes = plt.subplots(
-    1, len(shown), figsize=(6.5 * len(shown), 4.2), squeeze=False, sharey=True
+    rows, len(shown) // rows, figsize=(13, 4.2 * rows), squeeze=False, sharey=True
   )
-  for axis, name in zip(axes[0], shown, strict=True):
+  for axis, name in zip(axes.flat, shown, strict=True):
     metrics = MetricsFile(inputs[name] / "metrics.jsonl")
     asked = [r for r in metrics.phase("rl") if r.get("reward_model")]
     curves = {
@@ -106,7 +114,7 @@ def plot_hacking(path: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None
     }
     for label, (rows, key, style) in curves.items():
       axis.plot([r["step"] for r in rows], [r[key] for r in rows], style, label=label)
-    axis.set_title(names[name])
+    axis.set_title(HACKING[name])
     axis.set_xlabel("updates")
     axis.set_ylim(0, 1.02)
     axis.grid(alpha=0.3)

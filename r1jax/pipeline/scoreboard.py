@@ -32,6 +32,8 @@ COLUMNS = {
 ABLATIONS = {
   "Dev2, no language reward": ("rl_1_no_language", False),
   "R1, uncapped": ("rl_2_uncapped", False),
+  "R1, weak model": ("rl_2_weak", False),
+  "R1, weak model, uncapped": ("rl_2_weak_uncapped", False),
 }
 
 
@@ -77,6 +79,12 @@ OF_ABLATIONS = (
   ),
   Direction("uncapped: helpfulness below R1", "helpfulness", "R1", "R1, uncapped"),
   Direction("uncapped: reasoning below R1", "reasoning", "R1", "R1, uncapped"),
+  Direction(
+    "uncapped, with a weak reward model: helpfulness falls",
+    "helpfulness",
+    "R1, weak model",
+    "R1, weak model, uncapped",
+  ),
 )
 
 
@@ -196,7 +204,7 @@ def hacking(inputs: Mapping[str, pathlib.Path]) -> dict:
   in the first and last quarter of the updates with requests, and pass@1 on held-out
   sums before and after them."""
   found = {}
-  for name in ("rl_2", "rl_2_uncapped"):
+  for name in display.HACKING:
     if name not in inputs:
       continue
     metrics = MetricsFile(inputs[name] / "metrics.jsonl")
