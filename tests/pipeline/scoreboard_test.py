@@ -12,13 +12,12 @@ from r1jax.data.problem import Problem
 from r1jax.evals import report_card
 from r1jax.evals.report_card import ROWS, Card, interval
 from r1jax.pipeline import scoreboard
+from r1jax.pipeline.display import cell_text, markdown
 from r1jax.pipeline.scoreboard import (
   ABLATIONS,
   COLUMNS,
   DIRECTIONS,
   OF_ABLATIONS,
-  cell_text,
-  markdown,
   over_seeds,
   summary,
   verdict,
