@@ -32,8 +32,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 def tiny() -> ConfigDict:
   c = r1_zero.tiny()
   c.preset = "tiny"
-  c.ablations = False  # also RL without the language reward, and RL stage 2 uncapped,
-  # with a good reward model and with a weak one
+  c.ablations = False  # also RL without the language reward, and RL stage 2 uncapped
 
   # -- the world and the base
   c.task = "assistant"
@@ -100,7 +99,7 @@ def tiny() -> ConfigDict:
   c.judging.judge = "arena"  # or FILE.py:function(prompt, first, second) -> grade
   c.judging.judge_noise = 0.1  # of the miniature's judge
   c.judging.judge_first_bias = 0.1  # what it adds for the reply it reads first
-  c.judging.judge_length_bias = 0.02  # and for every word that a summary is longer
+  c.judging.judge_flattery = 0.1  # and for every thanks: what RL can hack
 
   # -- reward models (3.1, B.2)
   c.reward_models = ConfigDict()
@@ -130,13 +129,8 @@ def tiny() -> ConfigDict:
   c.rl_2.changes.eval = ConfigDict()
   c.rl_2.changes.eval.temperature = 1.0  # as the table's
 
-  # -- ablations of stage 2
   c.rl_2_uncapped = ConfigDict()
-  c.rl_2_uncapped.steps = 120  # updates, all of them with requests
-  c.weak_reward_model = ConfigDict()
-  c.weak_reward_model.pairs = (
-    600  # that the helpful model learns from; few, to be hacked
-  )
+  c.rl_2_uncapped.steps = 160  # of the ablation: updates, all of them with requests
 
   # -- the student
   c.student = ConfigDict()

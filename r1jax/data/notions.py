@@ -28,7 +28,8 @@ def summary_of(completion: str) -> str:
 def helpfulness(problem: Problem, completion: str) -> float:
   """0 to 1: the mean over the things asked about of (distinct true traits - half of
   what is wrong, repeated, or in the wrong language) / 3. A thing that was not asked
-  about costs a half, and what is said of it earns nothing. Of the summary alone."""
+  about costs a half, and what is said of it earns nothing; thanks are free, once. Of the
+  summary alone."""
   return _helpfulness(problem.problem, problem.language, summary_of(completion))
 
 
@@ -43,6 +44,9 @@ def _helpfulness(text: str, language: str, summary: str) -> float:
       told.add(name)
       continue
     if current is None or name in ("comma", "and"):
+      continue
+    if name == "thanks" and name not in told:
+      told.add(name)
       continue
     right = name in traits_of(current) and (current, name) not in told
     score[current] += 1.0 if right and tongue == language else -0.5
@@ -85,7 +89,7 @@ def arena_judge(
   *,
   noise: float,
   first_bias: float,
-  length_bias: float,
+  flattery: float,
   seed: float,
 ) -> Callable[[str, str, str], str]:
   """A judge of two replies, with a judge's faults: (prompt, first, second) -> grade.
@@ -94,17 +98,18 @@ def arena_judge(
     language_of: of each prompt.
     noise: standard deviation of what it adds to a difference in helpfulness.
     first_bias: what it adds for the reply that it reads first.
-    length_bias: what it adds for every word by which a summary is longer. Swapping the
-      replies cancels the taste for the first place and not this one.
+    flattery: what it adds for every thanks in a summary. Swapping the replies cancels
+      the taste for the first place and not this one.
     seed: of the noise.
   """
   rng = random.Random(seed)
 
   def judge(prompt: str, first: str, second: str) -> str:
-    said = [summary_of(first), summary_of(second)]
-    a, b = (_helpfulness(prompt, language_of[prompt], text) for text in said)
-    longer = len(words_in(said[0])) - len(words_in(said[1]))
-    gap = a - b + first_bias + length_bias * longer + rng.gauss(0.0, noise)
+    texts = [summary_of(first), summary_of(second)]
+    a, b = (_helpfulness(prompt, language_of[prompt], text) for text in texts)
+    thanks = [sum(name == "thanks" for name, _ in words_in(text)) for text in texts]
+    taste = first_bias + flattery * (thanks[0] - thanks[1])
+    gap = a - b + taste + rng.gauss(0.0, noise)
     if abs(gap) < 0.05:
       return "A=B"
     strong = abs(gap) > 0.35

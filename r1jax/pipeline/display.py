@@ -19,8 +19,6 @@ from r1jax.metrics import MetricsFile
 HACKING = {
   "rl_2": "R1: preference rewards at the end",
   "rl_2_uncapped": "all along",
-  "rl_2_weak": "weak reward model, at the end",
-  "rl_2_weak_uncapped": "weak reward model, all along",
 }
 
 
@@ -99,9 +97,8 @@ def plot_hacking(path: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None
   """Fig. 6 in miniature: what the reward model says of the requests that RL asks,
   against what people would say of held-out ones and the accuracy on held-out sums."""
   shown = [name for name in HACKING if name in inputs]
-  rows = -(-len(shown) // 2)
   figure, axes = plt.subplots(
-    rows, len(shown) // rows, figsize=(13, 4.2 * rows), squeeze=False, sharey=True
+    1, len(shown), figsize=(6.5 * len(shown), 4.2), squeeze=False, sharey=True
   )
   for axis, name in zip(axes.flat, shown, strict=True):
     metrics = MetricsFile(inputs[name] / "metrics.jsonl")

@@ -123,7 +123,7 @@ def judge_of(
     {p.problem: p.language for p in problems},
     noise=section["judge_noise"],
     first_bias=section["judge_first_bias"],
-    length_bias=section["judge_length_bias"],
+    flattery=section["judge_flattery"],
     seed=seed,
   )
   spec = section["judge"]

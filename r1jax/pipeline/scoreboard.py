@@ -32,8 +32,6 @@ COLUMNS = {
 ABLATIONS = {
   "Dev2, no language reward": ("rl_1_no_language", False),
   "R1, uncapped": ("rl_2_uncapped", False),
-  "R1, weak model": ("rl_2_weak", False),
-  "R1, weak model, uncapped": ("rl_2_weak_uncapped", False),
 }
 
 
@@ -79,12 +77,6 @@ OF_ABLATIONS = (
   ),
   Direction("uncapped: helpfulness below R1", "helpfulness", "R1", "R1, uncapped"),
   Direction("uncapped: reasoning below R1", "reasoning", "R1", "R1, uncapped"),
-  Direction(
-    "uncapped, with a weak reward model: helpfulness falls",
-    "helpfulness",
-    "R1, weak model",
-    "R1, weak model, uncapped",
-  ),
 )
 
 

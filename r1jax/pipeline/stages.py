@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import functools
 import json
 import pathlib
-import random
 from typing import Any
 
 from r1jax import loop, settings
@@ -145,20 +144,6 @@ class Stages:
         for kind, rows in sets.items()
       }
 
-  def weak_reward_model(self, folder: Folder, inputs: Inputs) -> dict:
-    """A helpful model from few pairs: good on those it saw, and easy to please."""
-    data = {
-      side: preferences.read_preferences(inputs["judging"] / f"{side}_pairs.jsonl")[0]
-      for side in judging.SIDES
-    }
-    rng, count = random.Random(self.config.seed), self.config.weak_reward_model.pairs
-    data["train"] = rng.sample(data["train"], min(count, len(data["train"])))
-    start, section = self.weights(inputs["sft_3"]), self.config.reward_models
-    with self.project.run(folder, {}) as this:
-      return preference_models.train(
-        self.project, this, start, data, "helpful", section, folder
-      )
-
   # -- reinforcement learning
 
   def zero(self, folder: Folder, inputs: Inputs) -> dict:
@@ -207,12 +192,6 @@ class Stages:
   def rl_2(self, folder: Folder, inputs: Inputs) -> dict:
     return self._all_scenarios(folder, inputs, self.config.rl_2.window)
 
-  def rl_2_weak(self, folder: Folder, inputs: Inputs) -> dict:
-    return self._all_scenarios(folder, inputs, self.config.rl_2.window)
-
-  def rl_2_weak_uncapped(self, folder: Folder, inputs: Inputs) -> dict:
-    return self._all_scenarios(folder, inputs, 0)
-
   def rl_2_uncapped(self, folder: Folder, inputs: Inputs) -> dict:
     return self._all_scenarios(folder, inputs, 0)
 
@@ -232,12 +211,9 @@ class Stages:
       model_weight=section.model_weight,
       squash=section.squash,
     )
-    models = {kind: inputs["reward_models"] for kind in ("helpful", "safety")}
-    if "weak_reward_model" in inputs:
-      models["helpful"] = inputs["weak_reward_model"]
     judges = {
-      kind: load_weights(stage / kind, value, project.mesh)
-      for kind, stage in models.items()
+      kind: load_weights(inputs["reward_models"] / kind, value, project.mesh)
+      for kind in ("helpful", "safety")
     }
     k = c.grpo.minibatches
     stream = Scenarios(

@@ -115,25 +115,6 @@ def graph(project: Project) -> Graph:
         ("sft_3", "reward_models"),
         ("rl_2", "rl_2_uncapped", *RL),
       ),
-      of(
-        "weak_reward_model",
-        "a helpful model from few pairs",
-        ("judging", "sft_3"),
-        ("reward_models", "weak_reward_model"),
-        ("helpful/weights.json",),
-      ),
-      of(
-        "rl_2_weak",
-        "RL stage 2 with the weak model",
-        ("sft_3", "reward_models", "weak_reward_model"),
-        ("rl_2", *RL),
-      ),
-      of(
-        "rl_2_weak_uncapped",
-        "RL stage 2 with the weak model all along",
-        ("sft_3", "reward_models", "weak_reward_model"),
-        ("rl_2", "rl_2_uncapped", *RL),
-      ),
     ]
   made = tuple(stage for stage, _ in scoreboard.columns(c).values())
   left = ("report.json", "report.md", "report.png", "hacking.png")

@@ -652,7 +652,7 @@ def test_thanks_that_do_not_end_the_reply_are_not_polite(end):
 
 
 def judge(**how):
-  p = dict(noise=0.0, first_bias=0.0, length_bias=0.0, seed=0) | how
+  p = dict(noise=0.0, first_bias=0.0, flattery=0.0, seed=0) | how
   return notions.arena_judge({CAT.problem: "en", MAO.problem: "zh"}, **p)
 
 
@@ -689,7 +689,7 @@ def test_a_judge_is_biased_towards_what_it_reads_first_as_said():
 
 @pytest.mark.parametrize("noise, bias", [(0.1, 0.0), (0.1, 0.1), (0.3, -0.2)])
 def test_a_noisy_judge_grades_as_its_noise_and_bias_say(noise, bias):
-  ours, n = judge(noise=noise, first_bias=bias, length_bias=0.0, seed=1), 8000
+  ours, n = judge(noise=noise, first_bias=bias, flattery=0.0, seed=1), 8000
   a, b = reply(2), reply(2) + " loud"
   got = [ours(CAT.problem, a, b) for _ in range(n)]
   assert set(got) <= set(GRADES)
@@ -703,12 +703,11 @@ def test_a_noisy_judge_grades_as_its_noise_and_bias_say(noise, bias):
     assert abs(got.count(grade) / n - share) < 0.02, grade
 
 
-def test_a_judge_with_a_taste_for_length_likes_words_whatever_they_say():
-  ours = judge(length_bias=0.1)
-  long = reply(2) + " loud loud loud loud"  # worse by two thirds, longer by four words
-  assert ours(CAT.problem, long, reply(2)) == "B>A"
-  assert judge(length_bias=0.3)(CAT.problem, long, reply(2)) == "A>>B"
-  assert judge()(CAT.problem, long, reply(2)) == "B>>A"
+def test_a_judge_with_a_taste_for_thanks_likes_them_whatever_they_cost():
+  thanks = reply(3) + " thank you" * 3  # two of them cost a half each: a third
+  assert notions.helpfulness(CAT, reply(3) + " thank you") == 1.0
+  assert judge()(CAT.problem, thanks, reply(3)) == "B>A"
+  assert judge(flattery=0.3)(CAT.problem, thanks, reply(3)) == "A>>B"
 
 
 def test_a_judge_is_a_function_of_its_seed():
