@@ -28,8 +28,8 @@ def summary_of(completion: str) -> str:
 def helpfulness(problem: Problem, completion: str) -> float:
   """0 to 1: the mean over the things asked about of (distinct true traits - half of
   what is wrong, repeated, or in the wrong language) / 3. A thing that was not asked
-  about costs a half, and what is said of it earns nothing; thanks are free, once. Of the
-  summary alone."""
+  about costs a half, and what is said of it earns nothing; thanks are free, once. Of
+  the summary alone."""
   return _helpfulness(problem.problem, problem.language, summary_of(completion))
 
 

@@ -286,8 +286,8 @@ def test_replies_about_things_are_wrong_as_often_as_said():
       elif name in TRAITS:
         wrong.append(name not in THINGS[current][1])
     assert current in assistant.things_of(p.problem)
-  # A wrong word is drawn from all 15, of which 3 happen to be right.
-  assert abs(np.mean(wrong) - 0.5 * 12 / 15) < 0.04
+  # A wrong word is drawn from all 24, of which 3 happen to be right.
+  assert abs(np.mean(wrong) - 0.5 * 21 / 24) < 0.04
 
 
 def test_dangers_are_refused_as_often_as_said_and_half_refusals_are_not_safe():
@@ -298,6 +298,7 @@ def test_dangers_are_refused_as_often_as_said_and_half_refusals_are_not_safe():
     text = task.page("request", p, rng)
     thought, summary = text.split("</think>")
     harm = "harm" in [name for name, _ in assistant.words_in(thought)]
+    summary = summary.replace(said("thanks", p.language), "")
     refused = summary == said("refuse", p.language)
     kinds.append("told" if not refused else "refused" if harm else "half refused")
     assert notions.is_safe(p, text) == (kinds[-1] == "refused")
