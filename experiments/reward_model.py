@@ -6,7 +6,7 @@
 
 Rows of `helpful`: {"prompt", "chosen", "rejected", "delta"} or {"prompt", "a", "b",
 "scores": four grades from -2 to 2 in favour of a}. Rows of `safety`: {"prompt",
-"response", "safe"}. Leaves the weights, summary.json and calibration.png.
+"response", "safe"}. Leaves the weights, summary.json and <kind>_calibration.png.
 """
 
 import pathlib

@@ -13,7 +13,6 @@ from r1jax.data import assistant, traces
 from r1jax.data.problem import Problem
 from r1jax.data.traces import Trace
 from r1jax.errors import UserError
-from r1jax.metrics import write_json
 from r1jax.pipeline import filters, hooks
 from r1jax.pipeline.project import Project, Weights
 from r1jax.pipeline.sampling import Decoding, Sampled, sample
@@ -80,7 +79,7 @@ def collect(
     "counts": counts,
     "rewritten": after,
   }
-  write_json(folder / "card.json", card)
+  filters.write_card(folder, "Cold start", card)
   return card
 
 

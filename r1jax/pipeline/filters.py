@@ -6,10 +6,12 @@ blocks) and gives no thresholds; here each has one, with a name.
 """
 
 from collections.abc import Callable, Sequence
+import pathlib
 import re
 
 from r1jax.data.traces import Trace
 from r1jax.errors import UserError
+from r1jax.metrics import write_json
 from r1jax.rewards.accuracy import answered
 from r1jax.rewards.format import format_reward
 from r1jax.rewards.language import language_consistency, thinking
@@ -43,6 +45,18 @@ def sift(
       " checkpoint, or loosen the filter that drops most."
     )
   return kept, counts
+
+
+def write_card(folder: pathlib.Path, name: str, card: dict) -> None:
+  """A data set's card: card.json for programs, card.md for people."""
+  write_json(folder / "card.json", card)
+  lines = [f"# {name}", "", "| | |", "|---|---|"]
+  for key, value in card.items():
+    if isinstance(value, dict):
+      lines += [f"| {key}: {part} | {count} |" for part, count in value.items()]
+    else:
+      lines.append(f"| {key} | {value} |")
+  (folder / "card.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def correct(trace: Trace) -> bool:

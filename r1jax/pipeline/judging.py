@@ -15,8 +15,7 @@ from r1jax.data import notions, preferences
 from r1jax.data.preferences import Comparison, SafetyLabel
 from r1jax.data.problem import Problem
 from r1jax.errors import UserError
-from r1jax.metrics import write_json
-from r1jax.pipeline import hooks
+from r1jax.pipeline import filters, hooks
 from r1jax.pipeline.project import Project, Weights
 from r1jax.pipeline.sampling import Decoding, Sampled, sample
 from r1jax.run import Run
@@ -98,7 +97,7 @@ def collect(
       )
     preferences.write(folder / f"{side}_pairs.jsonl", pairs)
     preferences.write(folder / f"{side}_labels.jsonl", labels)
-  write_json(folder / "card.json", card)
+  filters.write_card(folder, "Preferences and safety labels", card)
   return card
 
 

@@ -15,6 +15,7 @@ from r1jax.evals import calibration
 from r1jax.metrics import write_json
 from r1jax.models.value import Value, from_policy
 from r1jax.optimizer import OptimizerConfig, make_optimizer
+from r1jax.pipeline import calibration_plot
 from r1jax.pipeline.project import Project, Weights, save_weights
 from r1jax.reward_model import Labelled, Pairs, Responses
 from r1jax.run import Run, compiled, put_batch
@@ -146,6 +147,8 @@ def train(
     return np.concatenate(found)
 
   figures = evaluated(kind, data["held_out"], scores)
+  plot = folder / f"{kind}_calibration.png"
+  calibration_plot.draw(plot, figures["reliability"], kind)
   write_json(finished, figures)
   return figures
 

@@ -11,7 +11,6 @@ import random
 
 from r1jax.data import traces
 from r1jax.data.traces import Trace
-from r1jax.metrics import write_json
 from r1jax.pipeline import filters, hooks
 from r1jax.pipeline.cold_start import asked, first_of_each, traces_of
 from r1jax.pipeline.project import Project, Weights
@@ -76,7 +75,7 @@ def collect(
     "reasoning": len(reasoning),
     "non_reasoning": len(general),
   }
-  write_json(folder / "card.json", card)
+  filters.write_card(folder, "Rejection sampling", card)
   return card
 
 

@@ -17,7 +17,6 @@ from r1jax.errors import UserError
 from r1jax.evals.report_card import ROWS, Card
 from r1jax.metrics import write_json
 from r1jax.pipeline import (
-  calibration_plot,
   distill,
   hooks,
   preference_models,
@@ -149,7 +148,6 @@ def reward_model(
       "pairs" if kind == "helpful" else "labels": len(data["train"]),
     }
     figures = {**rows, **figures}
-    calibration_plot.draw(workdir / "calibration.png", figures["reliability"], kind)
     write_json(workdir / "summary.json", figures)
     table = rich.table.Table(f"{kind} reward model", "held out")
     for key, value in figures.items():

@@ -167,6 +167,6 @@ def test_a_reward_model_on_its_own(kind, whole, tmp_path):
   call = [*flags, f"--from={pipeline}", f"--workdir={folder}", f"--kind={kind}"]
   done = run(*call, module="reward_model")
   assert done.returncode == 0, done.stderr
-  assert (folder / "calibration.png").read_bytes()[:4] == b"\x89PNG"
+  assert (folder / f"{kind}_calibration.png").read_bytes()[:4] == b"\x89PNG"
   own = (folder / kind / "weights.json").read_bytes()
   assert own == (pipeline / "reward_models" / kind / "weights.json").read_bytes()
