@@ -36,25 +36,25 @@ def tiny() -> ConfigDict:
 
   # -- the world and the base
   c.task = "assistant"
-  c.counts.held_out = 640
-  c.pretrain.steps = 1200
-  c.pretrain.vocab = 500
+  c.counts.held_out = 640  # sums; the table asks 512 of those with more than a step
+  c.pretrain.steps = 1200  # two languages, requests: more to learn than sums alone
+  c.pretrain.vocab = 500  # the words of two languages are pieces
   c.pretrain.mix.update(facts=0.20, bare=0.05, guess=0.36, checked=0.18, request=0.20)
-  c.steps = 60
-  c.eval.every = 20
+  c.steps = 60  # updates of every RL stage that does not say otherwise
+  c.eval.every = 20  # updates
   c.eval.samples = 8
   c.checkpoint_every = 10
-  c.grpo.traced_groups = 0
+  c.grpo.traced_groups = 0  # no report of tokens
 
   # -- R1-Zero
-  c.zero = changes()
+  c.zero = changes()  # rules alone: accuracy, and the format of its template
 
   # -- cold start (B.3.2)
   c.cold_start = ConfigDict()
-  c.cold_start.prompts = 256
+  c.cold_start.prompts = 256  # training sums, half of them with an instruction
   c.cold_start.samples = 4  # a prompt; "several" in the paper
   c.cold_start.temperature = 1.0  # B.3.2
-  c.cold_start.instructed = 0.5  # share of the prompts with an instruction
+  c.cold_start.instructed = 0.5  # that half
   c.cold_start.most_repetition = 0.2  # share of windows of 8 words seen before
   c.cold_start.least_consistency = 0.0  # of the language; the rewriter translates
   c.cold_start.keep = 1  # traces of a prompt
@@ -64,30 +64,30 @@ def tiny() -> ConfigDict:
   )
   c.sft_1 = sft()
   c.sft_1.epochs = 4  # 2 or 3 in the paper; 64 traces are few
-  c.sft_1.rows = 16
+  c.sft_1.rows = 16  # packed rows an update
 
   # -- RL stage 1 (3.2.1): rules and language
   c.rl_1 = changes()
   c.rl_1.reward = ConfigDict()
-  c.rl_1.reward.format_style = "chat"
+  c.rl_1.reward.format_style = "chat"  # thinking, then a reply in any form
   c.rl_1.reward.format_weight = 1.0  # Eq. 4: the same weight
   c.rl_1.reward.language_weight = 1.0  # Eq. 7: added directly
 
   # -- rejection sampling (B.3.3)
   c.rejection = ConfigDict()
-  c.rejection.prompts = 600
+  c.rejection.prompts = 600  # training sums
   c.rejection.samples = 4  # a prompt; not stated in the paper
   c.rejection.temperature = 1.0  # not stated
-  c.rejection.instructed = 0.3
-  c.rejection.least_consistency = 1.0
-  c.rejection.most_paragraph = 400  # characters
-  c.rejection.most_repetition = 0.2
-  c.rejection.keep = 2
+  c.rejection.instructed = 0.3  # share of them with an instruction
+  c.rejection.least_consistency = 1.0  # B.3.3: no mixed languages
+  c.rejection.most_paragraph = 400  # characters; B.3.3: no long paragraphs
+  c.rejection.most_repetition = 0.2  # share of windows of 8 words seen before
+  c.rejection.keep = 2  # traces of a prompt; 1.0 to 1.1 in the paper (Table 5)
   c.rejection.judge = "none"  # or FILE.py:function(completion, problem) -> bool
   c.rejection.general_weight = 1 / 3  # 200k to 600k
   c.rejection.general_data = ""  # a file of traces; "": the task's own pool
   c.sft_3 = sft()
-  c.sft_3.epochs = 3
+  c.sft_3.epochs = 3  # B.4.2: 2 or 3
 
   # -- preference data (B.2)
   c.judging = ConfigDict()
@@ -104,7 +104,7 @@ def tiny() -> ConfigDict:
   # -- reward models (3.1, B.2)
   c.reward_models = ConfigDict()
   c.reward_models.rows = 64  # pairs or labels an update; 256 in the paper
-  c.reward_models.micro_batches = 16
+  c.reward_models.micro_batches = 16  # a few rows at a time stay in a core's cache
   c.reward_models.epochs = 4  # of the helpful model; 1 in the paper
   c.reward_models.safety_epochs = 1
   c.reward_models.learning_rate = 2e-3  # 6e-6 in the paper
@@ -119,7 +119,7 @@ def tiny() -> ConfigDict:
   c.rl_2.model_weight = 1.0  # Eq. 10
   c.rl_2.squash = "sigmoid"  # of the reward models' scores; or "none"
   c.rl_2.changes = changes()
-  c.rl_2.changes.steps = 80
+  c.rl_2.changes.steps = 80  # 1,700 in the paper
   c.rl_2.changes.grpo = ConfigDict()
   c.rl_2.changes.grpo.temperature = 0.7  # 3.2.2
   c.rl_2.changes.reward = ConfigDict()
@@ -135,13 +135,13 @@ def tiny() -> ConfigDict:
   # -- the student
   c.student = ConfigDict()
   c.student.model = r1_zero.model_options("tiny_dense")  # takes the place of `model`
-  c.student.pretrain = changes()
-  c.student.rl = changes()
+  c.student.pretrain = changes()  # of `pretrain`
+  c.student.rl = changes()  # as R1-Zero, from the student's base
   c.student.rl.steps = 400  # ends earlier, with the tokens of rejection sampling
   c.student.rl.optimizer = ConfigDict()
-  c.student.rl.optimizer.schedule = "constant"
+  c.student.rl.optimizer.schedule = "constant"  # its end is not known before
   c.distill = sft()
-  c.distill.epochs = 3
+  c.distill.epochs = 3  # B.4.3: 2 or 3
   c.distill.learning_rate = placeholder(float)  # None: the paper's for that student
   c.distill.mode = "sft"  # "logits" and "on_policy" ask the teacher, R1, itself
   c.distill.divergence = "forward_kl"  # or reverse_kl, jsd
@@ -150,7 +150,7 @@ def tiny() -> ConfigDict:
   c.distill.teacher_temperature = 1.0  # divides the teacher's logits
   c.distill.temperature = 1.0  # on_policy: of the student's samples
   c.distill.group_size = 4  # on_policy: samples a prompt
-  c.distill.on_policy_steps = 60
+  c.distill.on_policy_steps = 60  # rollouts, an update each
 
   # -- the baseline
   c.ppo_baseline = changes()
