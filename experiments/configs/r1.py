@@ -99,13 +99,13 @@ def tiny() -> ConfigDict:
   c.judging.judge = "arena"  # or FILE.py:function(prompt, first, second) -> grade
   c.judging.judge_noise = 0.1  # of the miniature's judge
   c.judging.judge_first_bias = 0.1  # what it adds for the reply it reads first
-  c.judging.judge_flattery = 0.1  # and for every thanks: what RL can hack
+  c.judging.judge_flattery = 0.25  # and for every thanks: what RL can hack
 
   # -- reward models (3.1, B.2)
   c.reward_models = ConfigDict()
   c.reward_models.rows = 64  # pairs or labels an update; 256 in the paper
   c.reward_models.micro_batches = 16  # a few rows at a time stay in a core's cache
-  c.reward_models.epochs = 4  # of the helpful model; 1 in the paper
+  c.reward_models.epochs = 3  # of the helpful model; 1 in the paper
   c.reward_models.safety_epochs = 1
   c.reward_models.learning_rate = 2e-3  # 6e-6 in the paper
   c.reward_models.schedule = "cosine"  # to a tenth; not stated
@@ -117,7 +117,7 @@ def tiny() -> ConfigDict:
   c.rl_2.window = 20  # last updates with requests; 400 of 1,700 in the paper
   c.rl_2.general_share = 0.5  # of the prompts in that window
   c.rl_2.model_weight = 1.0  # Eq. 10
-  c.rl_2.squash = "sigmoid"  # of the reward models' scores; or "none"
+  c.rl_2.squash = "none"  # of the reward models' scores; or "sigmoid"
   c.rl_2.changes = changes()
   c.rl_2.changes.steps = 80  # 1,700 in the paper
   c.rl_2.changes.grpo = ConfigDict()
