@@ -192,7 +192,9 @@ def start(
   if row != first and not (workdir / "tokenizer.model").exists():
     # The tokenizer comes last and by a rename: where it is, the copy is whole.
     shutil.rmtree(workdir, ignore_errors=True)
-    shutil.copytree(base / "checkpoints" / "base", workdir / "checkpoints" / "base")
+    shutil.copytree(
+      base / "checkpoints" / "pretrain", workdir / "checkpoints" / "pretrain"
+    )
     partial = workdir / "tokenizer.partial"
     shutil.copy(base / "tokenizer.model", partial)
     partial.rename(workdir / "tokenizer.model")
