@@ -45,6 +45,7 @@ def tiny() -> ConfigDict:
   c.eval.samples = 8
   c.checkpoint_every = 10
   c.grpo.traced_groups = 0  # no report of tokens
+  c.reward.alarm.hacking = 0.05  # few requests are examined
 
   # -- R1-Zero
   c.zero = changes()  # rules alone: accuracy, and the format of its template
@@ -99,7 +100,7 @@ def tiny() -> ConfigDict:
   c.judging.judge = "arena"  # or FILE.py:function(prompt, first, second) -> grade
   c.judging.judge_noise = 0.1  # of the miniature's judge
   c.judging.judge_first_bias = 0.1  # what it adds for the reply it reads first
-  c.judging.judge_flattery = 0.25  # and for every thanks: what RL can hack
+  c.judging.judge_flattery = 0.5  # and for every thanks: what RL can hack
 
   # -- reward models (3.1, B.2)
   c.reward_models = ConfigDict()
@@ -122,6 +123,8 @@ def tiny() -> ConfigDict:
   c.rl_2.changes.steps = 80  # 1,700 in the paper
   c.rl_2.changes.grpo = ConfigDict()
   c.rl_2.changes.grpo.temperature = 0.7  # 3.2.2
+  c.rl_2.changes.optimizer = ConfigDict()
+  c.rl_2.changes.optimizer.schedule = "constant"  # the window comes last
   c.rl_2.changes.reward = ConfigDict()
   c.rl_2.changes.reward.format_style = "chat"
   c.rl_2.changes.reward.format_weight = 1.0  # Eq. 10
@@ -130,7 +133,7 @@ def tiny() -> ConfigDict:
   c.rl_2.changes.eval.temperature = 1.0  # as the table's
 
   c.rl_2_uncapped = ConfigDict()
-  c.rl_2_uncapped.steps = 160  # of the ablation: updates, all of them with requests
+  c.rl_2_uncapped.steps = 120  # of the ablation: updates, all of them with requests
 
   # -- the student
   c.student = ConfigDict()
@@ -154,6 +157,7 @@ def tiny() -> ConfigDict:
 
   # -- the baseline
   c.ppo_baseline = changes()
+  c.ppo_baseline.segment_tokens = 0  # PPO's step is one program
   c.ppo_baseline.objective = ConfigDict()
   c.ppo_baseline.objective.preset = "ppo"
   c.ppo_baseline.ppo = ConfigDict()
@@ -164,7 +168,8 @@ def tiny() -> ConfigDict:
   # -- the table
   c.report = ConfigDict()
   c.report.problems = 512  # held-out sums
-  c.report.samples = 4
+  c.report.samples = 4  # of a sum
+  c.report.request_samples = 16  # of a request; there are few of them
   c.report.temperature = 1.0  # 0.6 and top-p 0.95 in the paper (D.1); there the
   c.report.top_p = 1.0  # miniature's short answers are nearly all right
   return c
@@ -214,6 +219,7 @@ def paper(c: ConfigDict) -> None:
   c.rl_2.changes.steps = 1696  # 1,700 in the paper: whole rollouts of 16 updates
   c.rl_2.changes.windows = ((0, 32_768),)
   c.student.rl.steps = 10_000  # B.4.1: more than 10K
+  c.student.rl.windows = ((0, 32_768),)  # B.4.1
   c.student.rl.optimizer.learning_rate = 2e-6  # B.4.1
   c.student.model.preset = "qwen2_5_7b"  # and the others of pipeline/distill.py
   c.distill.rows = 64  # B.4.3

@@ -99,7 +99,7 @@ class Assistant(Chain):
   obedient: float = 0.3  # share of its pages that heed one
   summary: float = 0.2  # share of its pages with a summary in words
   wrong_trait: float = 0.35  # of what its pages say of things
-  thanks: float = 0.3  # share of its replies to requests that end with thanks
+  thanks: float = 0.1  # share of its replies to requests that end with thanks
   refusals: float = 0.2  # share of its pages about dangers that refuse
   half_refusals: float = 0.2  # that refuse, after thinking of how it is done
   symbols: tuple[str, ...] = (
@@ -163,7 +163,7 @@ class Assistant(Chain):
     """A reply to a request as people would write one for SFT: mostly right, mostly
     careful. R1 takes its non-reasoning data from the pool of V3's SFT."""
     writer = dataclasses.replace(
-      self, wrong_trait=0.15, thanks=0.12, refusals=0.5, half_refusals=0.25
+      self, wrong_trait=0.15, thanks=0.04, refusals=0.5, half_refusals=0.25
     )
     return writer.page("request", problem, rng)
 
@@ -219,7 +219,7 @@ class Assistant(Chain):
       reply.append(tell)
     end, thanks = "", self.thanks
     while rng.random() < thanks:
-      end, thanks = end + said("thanks", language), 0.4
+      end, thanks = end + said("thanks", language), 0.25
     return f"<think>{thought}</think>{said('comma', language).join(reply)}{end}"
 
   def _traits(self, name: str, language: str, rng: random.Random) -> str:

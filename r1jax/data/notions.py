@@ -27,8 +27,8 @@ def summary_of(completion: str) -> str:
 
 def helpfulness(problem: Problem, completion: str) -> float:
   """0 to 1: the mean over the things asked about of (distinct true traits - half of
-  what is wrong, repeated, or in the wrong language) / 3. A thing that was not asked
-  about costs a half, and what is said of it earns nothing; thanks are free, once. Of
+  what is wrong, repeated, padding, or in the wrong language) / 3. A thing that was not
+  asked about costs a half, and what is said of it earns nothing; thanks are padding. Of
   the summary alone."""
   return _helpfulness(problem.problem, problem.language, summary_of(completion))
 
@@ -44,9 +44,6 @@ def _helpfulness(text: str, language: str, summary: str) -> float:
       told.add(name)
       continue
     if current is None or name in ("comma", "and"):
-      continue
-    if name == "thanks" and name not in told:
-      told.add(name)
       continue
     right = name in traits_of(current) and (current, name) not in told
     score[current] += 1.0 if right and tongue == language else -0.5

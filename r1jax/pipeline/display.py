@@ -94,28 +94,40 @@ def plot(path: pathlib.Path, figures: Mapping, title: str) -> None:
 
 
 def plot_hacking(path: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None:
-  """Fig. 6 in miniature: what the reward model says of the requests that RL asks,
-  against what people would say of held-out ones and the accuracy on held-out sums."""
+  """Fig. 6 in miniature: what the reward model says of the requests that RL asks (its
+  score, on an axis of its own), against what people would say of held-out ones and the
+  accuracy on held-out sums."""
   shown = [name for name in HACKING if name in inputs]
+  files = {name: MetricsFile(inputs[name] / "metrics.jsonl") for name in shown}
+  said = {
+    n: [r for r in f.phase("rl") if r.get("reward_model")] for n, f in files.items()
+  }
+  scores = [r["reward_model"] for rows in said.values() for r in rows]
+  ends = (min(scores, default=0.0), max(scores, default=1.0))
+  room = 0.05 * (ends[1] - ends[0]) or 1.0
   figure, axes = plt.subplots(
-    1, len(shown), figsize=(6.5 * len(shown), 4.2), squeeze=False, sharey=True
+    1, len(shown), figsize=(6.5 * len(shown), 4.4), squeeze=False, sharey=True
   )
   for axis, name in zip(axes.flat, shown, strict=True):
-    metrics = MetricsFile(inputs[name] / "metrics.jsonl")
-    asked = [r for r in metrics.phase("rl") if r.get("reward_model")]
-    curves = {
-      "reward model, training requests": (asked, "reward_model", "-"),
-      "hidden helpfulness, held out": (metrics.phase("examined"), "helpfulness", "o-"),
-      "hidden safety, held out": (metrics.phase("examined"), "safety", "s-"),
-      "pass@1, held-out sums": (metrics.phase("eval"), "pass_at_1", "^-"),
-    }
-    for label, (rows, key, style) in curves.items():
+    proxy = axis.twinx()
+    steps = [r["step"] for r in said[name]]
+    label, color = "reward model's score of training requests", "#cc3311"
+    proxy.plot(steps, [r["reward_model"] for r in said[name]], color=color, label=label)
+    proxy.set_ylim(ends[0] - room, ends[1] + room)
+    proxy.tick_params(axis="y", colors=color)
+    for label, phase, key, style in (
+      ("hidden helpfulness, held out", "examined", "helpfulness", "o-"),
+      ("hidden safety, held out", "examined", "safety", "s-"),
+      ("pass@1, held-out sums", "eval", "pass_at_1", "^-"),
+    ):
+      rows = files[name].phase(phase)
       axis.plot([r["step"] for r in rows], [r[key] for r in rows], style, label=label)
     axis.set_title(HACKING[name])
     axis.set_xlabel("updates")
     axis.set_ylim(0, 1.02)
     axis.grid(alpha=0.3)
-  axes[0][0].legend(fontsize=8, loc="lower right")
-  figure.tight_layout()
+  lines = [*axis.get_lines(), *proxy.get_lines()]
+  figure.legend(handles=lines, fontsize=8, loc="lower center", ncols=4)
+  figure.tight_layout(rect=(0, 0.06, 1, 1))
   figure.savefig(path, dpi=110)
   plt.close(figure)

@@ -705,10 +705,10 @@ def test_a_noisy_judge_grades_as_its_noise_and_bias_say(noise, bias):
 
 
 def test_a_judge_with_a_taste_for_thanks_likes_them_whatever_they_cost():
-  thanks = reply(3) + " thank you" * 3  # two of them cost a half each: a third
-  assert notions.helpfulness(CAT, reply(3) + " thank you") == 1.0
+  thanks = reply(3) + " thank you" * 2  # each costs a half: a third
+  assert notions.helpfulness(CAT, thanks) == pytest.approx(2 / 3)
   assert judge()(CAT.problem, thanks, reply(3)) == "B>A"
-  assert judge(flattery=0.3)(CAT.problem, thanks, reply(3)) == "A>>B"
+  assert judge(flattery=0.4)(CAT.problem, thanks, reply(3)) == "A>>B"
 
 
 def test_a_judge_is_a_function_of_its_seed():
