@@ -70,8 +70,8 @@ class Run:
       self.host_reward.scorer.close()
 
 
-def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Makes the folder; refuses one that holds a run of another config."""
+def make_folder(workdir: pathlib.Path) -> None:
+  """Raises UserError: it cannot be made, or not be written to."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / ".writable"
@@ -81,6 +81,11 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
     raise UserError(
       f"--workdir={workdir} cannot be written ({error.strerror}). Choose another one."
     ) from error
+
+
+def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Makes the folder; refuses one that holds a run of another config."""
+  make_folder(workdir)
   path = workdir / "config.json"
   if not path.exists():
     return

@@ -218,6 +218,11 @@ def check(config: ConfigDict, devices: int) -> None:
       " above 0",
     ),
     (
+      not c.pretrain.mix.request or c.task == "assistant",
+      f"pretrain.mix.request={c.pretrain.mix.request}: task={c.task!r} has no requests,"
+      " the task 'assistant' alone has; leave it at 0",
+    ),
+    (
       c.steps % g.minibatches == 0,
       f"steps={c.steps} updates must be whole rollouts of grpo.minibatches="
       f"{g.minibatches}; try {-(-c.steps // g.minibatches) * g.minibatches}",

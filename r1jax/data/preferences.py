@@ -8,15 +8,12 @@ ones are about as long as the rejected ones.
 import bisect
 from collections.abc import Callable, Sequence
 import dataclasses
-import gzip
 import json
 import pathlib
 import random
 import reprlib
-from typing import TypeVar
-import zlib
 
-from r1jax.data.rows import fail, reader_of, text_of
+from r1jax.data.rows import fail, read_rows, text_of
 from r1jax.errors import UserError
 
 # Of arena-hard's judge, first response against second. The paper does not print its
@@ -24,7 +21,6 @@ from r1jax.errors import UserError
 GRADES = {"A>>B": 2, "A>B": 1, "A=B": 0, "B>A": -1, "B>>A": -2}
 SURE, MOST = 1, max(GRADES.values())  # a pair is kept with |delta| above SURE
 
-_Row = TypeVar("_Row")
 Judge = Callable[[str, str, str], str]  # (prompt, first, second) -> a grade in GRADES
 
 
@@ -231,8 +227,8 @@ def read_preferences(
   Raises:
     UserError: no such file, a malformed row (it is named), or nothing is left.
   """
-  found = _read(
-    path,
+  found = read_rows(
+    pathlib.Path(path),
     lambda row: _preferences(row, judgments),
     '{"prompt": "...", "chosen": "...", "rejected": "...", "delta": 1.5}, or'
     f' {{"prompt": "...", "a": "...", "b": "...", "scores": [{judgments} grades]}}',
@@ -254,7 +250,7 @@ def read_safety(path: str | pathlib.Path) -> list[SafetyLabel]:
     UserError: as `read_preferences`, or there are not both kinds of labels.
   """
   form = '{"prompt": "...", "response": "...", "safe": true}'
-  labels = _read(path, _safety, form)
+  labels = read_rows(pathlib.Path(path), _safety, form)
   safe = sum(label.safe for label in labels)
   if not 0 < safe < len(labels):
     raise UserError(
@@ -264,29 +260,8 @@ def read_safety(path: str | pathlib.Path) -> list[SafetyLabel]:
   return labels
 
 
-def _read(
-  path: str | pathlib.Path, parse: Callable[[dict], _Row], form: str
-) -> list[_Row]:
-  path = pathlib.Path(path)
-  rows = reader_of(path, str(path))
-  parsed, first, bad = [], "", 0
-  try:
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-      for where, raw, row in rows(file):
-        try:
-          parsed.append(parse(row()))
-        except ValueError as e:
-          first, bad = first or f"{path}{where}: {e}: {raw[:60]!r}", bad + 1
-  except (OSError, EOFError, zlib.error, ValueError) as e:
-    raise UserError(f"{path} cannot be read: {e}. Mend it or fetch it again.") from e
-  if bad:
-    more = f" (and {bad - 1} more such rows)" if bad > 1 else ""
-    raise UserError(f"{first}{more}. A row is {form}; mend it or take it out.")
-  return parsed
-
-
 def _preferences(row: dict, judgments: int) -> list[Preference]:
-  prompt = _text(row, "prompt")
+  prompt = text_of(row, "prompt")
   if "scores" in row:
     pair = Comparison(prompt, *_two_texts(row, "a", "b"))
     return _preference(pair, _mean_score(row["scores"], judgments))
@@ -301,20 +276,11 @@ def _safety(row: dict) -> SafetyLabel:
   safe = row.get("safe")
   if not isinstance(safe, bool):
     fail(f'"safe" is {reprlib.repr(safe)}, not true or false')
-  return SafetyLabel(_text(row, "prompt"), _text(row, "response"), safe)
-
-
-def _text(row: dict, name: str) -> str:
-  text = text_of(row, name)
-  try:
-    text.encode()
-  except UnicodeEncodeError as e:
-    raise ValueError(f'half a surrogate pair in "{name}"') from e
-  return text
+  return SafetyLabel(text_of(row, "prompt"), text_of(row, "response"), safe)
 
 
 def _two_texts(row: dict, first: str, second: str) -> tuple[str, str]:
-  texts = _text(row, first), _text(row, second)
+  texts = text_of(row, first), text_of(row, second)
   return fail(f'"{first}" and "{second}" are equal') if texts[0] == texts[1] else texts
 
 

@@ -3,17 +3,20 @@
 from collections.abc import Callable, Iterator
 import csv
 import functools
+import gzip
 import io
 import json
 import math
 import pathlib
 import re
 import reprlib
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
+import zlib
 
 from r1jax.data.problem import Problem, Tests
 from r1jax.errors import UserError
 
+_Row = TypeVar("_Row")
 Rows = Iterator[tuple[str, bytes | str, Callable[[], dict]]]
 ANSWER = "Answer with the whole of it in one ```python block."
 
@@ -37,6 +40,35 @@ def reader_of(path: pathlib.Path, shown: str) -> Callable[[BinaryIO], Rows]:
       " of them and .gz. Convert or rename it."
     )
   return _READERS[suffix]
+
+
+def read_rows(path: pathlib.Path, parse: Callable[[dict], _Row], form: str) -> list:
+  """All rows of a file, parsed.
+
+  Args:
+    path: .jsonl, or .json with a list, or .csv; also .gz.
+    parse: (object) -> row; raises ValueError.
+    form: what a row looks like, for the error.
+
+  Raises:
+    UserError: no such file, or a malformed row (the first is named, all are counted).
+  """
+  rows = reader_of(path, str(path))
+  parsed, first, bad = [], "", 0
+  try:
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+      for where, raw, row in rows(file):
+        try:
+          parsed.append(parse(row()))
+        except ValueError as e:
+          shown = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+          first, bad = first or f"{path}{where}: {e}: {shown[:60]!r}", bad + 1
+  except (OSError, EOFError, zlib.error, ValueError) as e:
+    raise UserError(f"{path} cannot be read: {e}. Mend it or fetch it again.") from e
+  if bad:
+    more = f" (and {bad - 1} more such rows)" if bad > 1 else ""
+    raise UserError(f"{first}{more}. A row is {form}; mend it or take it out.")
+  return parsed
 
 
 def _lines(file: BinaryIO) -> Rows:
@@ -132,6 +164,10 @@ def text_of(row: dict, *names: str) -> str:
   value = field_of(row, *names)
   if not isinstance(value, str) or not value.strip():
     raise ValueError(f'no text under "{names[0]}"')
+  try:
+    value.encode()
+  except UnicodeEncodeError as e:
+    raise ValueError(f'half a surrogate pair in "{names[0]}"') from e
   return value
 
 

@@ -4,10 +4,12 @@ from collections.abc import Iterable
 import dataclasses
 import json
 import pathlib
+import reprlib
 
 from r1jax import prompts
 from r1jax.data.packing import Example
 from r1jax.data.problem import DOMAINS, KINDS, Problem
+from r1jax.data.rows import checked_problem, fail, read_rows, text_of
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
 
@@ -44,48 +46,27 @@ def read(path: pathlib.Path) -> list[Trace]:
   Raises:
     UserError: with FILE:line, what came and what is needed.
   """
-  try:
-    lines = path.read_text(encoding="utf-8").split("\n")
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"{path} cannot be read: {error}.") from error
-  found = [_trace(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line]
+  found = read_rows(path, _trace, '{"problem": "...", "completion": "..."}')
   if not found:
     raise UserError(f"{path} holds no trace.")
   return found
 
 
-def _trace(line: str, where: str) -> Trace:
-  try:
-    row = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise UserError(f"{where} is not JSON ({error.msg}).") from error
-  texts = ("problem", "completion")
-  if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in texts):
-    raise UserError(
-      f"{where} is {line[:60]!r}; a trace is an object with the strings 'problem' and"
-      " 'completion'."
-    )
-  for key in texts:
-    if not row[key].strip():
-      raise UserError(f"{where}: {key!r} is empty.")
-  domain = row.get("domain", "reasoning")
-  if domain not in DOMAINS:
-    raise UserError(f"{where}: domain {domain!r} is not one of {', '.join(DOMAINS)}.")
-  answers = row.get("answer", [])
+def _trace(row: dict) -> Trace:
+  answers, kind = row.get("answer", []), row.get("kind", "answer")
   answers = answers if isinstance(answers, list) else [answers]
   if not all(isinstance(a, str | int | float) for a in answers):
-    raise UserError(f"{where}: 'answer' is {row['answer']!r}, not a text or a number.")
-  kind = row.get("kind", "answer")
-  if kind not in KINDS:
-    raise UserError(f"{where}: kind {kind!r} is not one of {', '.join(KINDS)}.")
-  problem = Problem(
-    row["problem"],
-    tuple(map(str, answers)),
-    kind,
-    language=row.get("language", ""),
-    domain=domain,
-  )
-  return Trace(problem, row["completion"], row.get("source", ""))
+    fail(f'"answer" is {reprlib.repr(row["answer"])}, not a text or a number')
+  domain = row.get("domain", "reasoning")
+  for name, value, known in (("kind", kind, KINDS), ("domain", domain, DOMAINS)):
+    if value not in known:
+      fail(f'"{name}" is {reprlib.repr(value)}, none of {", ".join(known)}')
+  language, source = row.get("language", ""), row.get("source", "")
+  if not isinstance(language, str) or not isinstance(source, str):
+    fail('"language" and "source" are texts')
+  problem = checked_problem(text_of(row, "problem"), tuple(map(str, answers)), kind)
+  problem = dataclasses.replace(problem, language=language, domain=domain)
+  return Trace(problem, text_of(row, "completion"), source)
 
 
 def examples(

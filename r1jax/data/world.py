@@ -32,12 +32,14 @@ class World:
 
 
 def make_task(name: str, options: Mapping) -> Task:
-  """The generator called `name`, at the difficulty that `options[name]` sets."""
+  """The generator called `name`, at the difficulty that `options[name]` sets; sums of
+  the assistant are as long and large as those of `options["chain"]`."""
   if name not in TASKS:
     raise UserError(
       f"config.task={name!r} is not a task; choose one of {sorted(TASKS)}."
     )
-  return TASKS[name](**options[name])
+  chain = options["chain"] if name == "assistant" else {}
+  return TASKS[name](**chain, **options[name])
 
 
 def make_world(

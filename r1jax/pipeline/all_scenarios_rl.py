@@ -99,7 +99,7 @@ def judged(
   scores = reward_model.score(value, *weights, rows, view, tags.end_think).reshape(b, g)
   if view == "all":
     return scores
-  # A reply without a summary was never judged: the least of its group.
+  # A reply without a summary says nothing that could help: the least of its group.
   kept = reward_model.VIEWS[view](rows, tags.end_think)
   kept = kept & ~jnp.asarray(tags.silent)[rows.completions]
   some = kept.any(axis=1).reshape(b, g)
@@ -142,7 +142,7 @@ class Scenarios:
     self.at += 1
     rows = [int(next(self._reasoning)[0]) for _ in range(self.prompts - asked)]
     rows += [self.first + int(next(self._requests)[0]) for _ in range(asked)]
-    # Both kinds on every shard of the batch.
+    # Mixed, so that no shard of the batch has one kind alone but by chance.
     order = np.random.default_rng(self.at).permutation(self.prompts)
     return np.array(rows)[order]
 

@@ -48,6 +48,9 @@ class Stage:
   run: Callable[[pathlib.Path, dict[str, pathlib.Path]], dict]
   artefacts: tuple[str, ...]  # files and folders that it leaves, relative to its folder
   about: str = ""  # one line for tables
+  # Keys of the config, with which a stopped stage may go on even if they change: it
+  # begins with something that they have no say in.
+  late: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +171,9 @@ def _status(stage: Stage, folder: pathlib.Path, found: dict[str, Status]) -> Sta
       return Status("missing")
     why = f"nothing says with what {folder} was begun"
     return Status("stale", (why,), f"{stage.name}: {why}")
-  reasons, seconds = _changes(stage, record, found), manifest and manifest["seconds"]
+  late = () if manifest else stage.late
+  reasons = _changes(stage, record, found, late)
+  seconds = manifest and manifest["seconds"]
   if manifest:
     wanted = {*stage.artefacts, *manifest["artefacts"]}
     if gone := sorted(a for a in wanted if not (folder / a).exists()):
@@ -185,8 +190,10 @@ def _status(stage: Stage, folder: pathlib.Path, found: dict[str, Status]) -> Sta
   return Status("done", (), "", present, seconds, manifest["figures"])
 
 
-def _changes(stage: Stage, record: dict, found: dict[str, Status]) -> list[str]:
-  """In words: what is not as it was when the stage was begun."""
+def _changes(
+  stage: Stage, record: dict, found: dict[str, Status], late: tuple[str, ...]
+) -> list[str]:
+  """In words: what is not as it was when the stage was begun, but for some keys."""
   then, reasons = record["inputs"], []
   for name in stage.inputs:
     if found[name].state != "done":
@@ -194,7 +201,11 @@ def _changes(stage: Stage, record: dict, found: dict[str, Status]) -> list[str]:
     elif then.get(name) != found[name].digest:
       reasons.append(f"input {name} {'changed' if name in then else 'is new'}")
   reasons += [f"input {n} is no longer read" for n in then if n not in stage.inputs]
-  return reasons + differences(record["config"], stage.config, "config.")
+  then, now = (
+    {key: value for key, value in config.items() if key not in late}
+    for config in (record["config"], stage.config)
+  )
+  return reasons + differences(then, now, "config.")
 
 
 def _check_inputs(stage: Stage, found: dict[str, Status]) -> None:

@@ -2,8 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+import dataclasses
 import hashlib
 import pathlib
+import reprlib
 from typing import Any
 
 from r1jax.errors import UserError
@@ -11,8 +13,20 @@ from r1jax.metrics import MetricsFile
 from r1jax.rewards.rules import load_rules, rule_files
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """What a function has to return."""
+
+  about: str  # in words
+  holds: Callable[[Any], bool]
+
+
 def load(
-  spec: str, ours: Mapping[str, Any], key: str, memory: pathlib.Path | None = None
+  spec: str,
+  ours: Mapping[str, Any],
+  key: str,
+  form: Form,
+  memory: pathlib.Path | None = None,
 ) -> Any:
   """The function that a spec names: one of ours, or FILE.py:function.
 
@@ -20,8 +34,9 @@ def load(
     spec: the config's value.
     ours: name -> function.
     key: of the config, for the error.
-    memory: where what a user's function says is kept: it may be a model that takes
-      hours, and a stage that was killed asks it nothing twice.
+    form: of what a user's function returns.
+    memory: where that is kept, beside a digest of the file: it may be a model that
+      takes hours, and a stage that was killed asks it nothing twice.
 
   Raises:
     UserError: it names none, or more than one.
@@ -36,28 +51,37 @@ def load(
   found = load_rules(spec)
   if len(found) != 1 or "=" in spec:
     raise UserError(f"config.{key}={spec!r} must name one function, without a weight.")
-  function = checked(next(iter(found.values()))[1], spec)
-  return function if memory is None else remembered(function, memory)
+  function = checked(next(iter(found.values()))[1], f"config.{key}={spec}", form)
+  if memory is None:
+    return function
+  digest = next(iter(contents(spec).values()))[:8]
+  return remembered(function, memory.with_stem(f"{memory.stem}-{digest}"))
 
 
-def checked(function: Callable, spec: str) -> Callable:
-  """The function, whose errors say where they come from."""
+def checked(function: Callable, spec: str, form: Form) -> Callable:
+  """The function, whose errors and odd answers say where they come from."""
+  mend = "Mend it and give the same command again; what was sampled is kept."
 
   def call(*args: Any) -> Any:
     try:
-      return function(*args)
+      said = function(*args)
     except (Exception, SystemExit) as error:
       raise UserError(
-        f"{spec} failed with {type(error).__name__}: {error}. Mend it and give the same"
-        " command again; what was sampled is kept."
+        f"{spec} failed with {type(error).__name__}: {error}. {mend}"
       ) from error
+    if not form.holds(said):
+      raise UserError(
+        f"{spec} returned {reprlib.repr(said)} for {reprlib.repr(args[0])}; it must"
+        f" return {form.about}. {mend}"
+      )
+    return said
 
   return call
 
 
 def remembered(function: Callable, path: pathlib.Path) -> Callable:
   """The function, whose n-th answer to a question is kept in a JSONL file and not asked
-  again (answers that are no text and no number aside)."""
+  again."""
   file, asked = MetricsFile(path), Counter()
   file.roll_back({})  # drops the half line of a kill
   known = {row["step"]: row["said"] for row in file.rows()}
@@ -67,11 +91,8 @@ def remembered(function: Callable, path: pathlib.Path) -> Callable:
     asked[question] += 1
     name = f"{question}-{asked[question]}"
     if name not in known:
-      said = function(*args)
-      if not isinstance(said, str | int | float | bool):
-        return said
-      known[name] = said
-      file.write({"phase": "said", "step": name, "said": said})
+      known[name] = function(*args)
+      file.write({"phase": "said", "step": name, "said": known[name]})
     return known[name]
 
   return call

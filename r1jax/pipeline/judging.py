@@ -22,6 +22,10 @@ from r1jax.run import Run
 
 SIDES = ("train", "held_out")
 JUDGES = ("arena",)  # the miniature's; or FILE.py:function
+FORM = hooks.Form(
+  f"one of {', '.join(preferences.GRADES)}",
+  lambda said: isinstance(said, str) and said in preferences.GRADES,
+)
 
 
 def collect(
@@ -114,10 +118,7 @@ def judge_of(
   section: Mapping, problems: Sequence[Problem], seed: float, memory: pathlib.Path
 ) -> preferences.Judge:
   """The judge that the config names: the miniature's, or FILE.py:function, whose
-  verdicts are kept in `memory`.
-
-  The judge raises UserError where a user's says something that is no grade.
-  """
+  verdicts are kept in `memory`."""
   ours = notions.arena_judge(
     {p.problem: p.language for p in problems},
     noise=section["judge_noise"],
@@ -125,19 +126,8 @@ def judge_of(
     flattery=section["judge_flattery"],
     seed=seed,
   )
-  spec = section["judge"]
-  judge = hooks.load(spec, dict.fromkeys(JUDGES, ours), "judging.judge", memory)
-
-  def graded(prompt: str, first: str, second: str) -> str:
-    grade = judge(prompt, first, second)
-    if grade not in preferences.GRADES:
-      raise UserError(
-        f"config.judging.judge={spec!r} said {grade!r}, which is none of"
-        f" {', '.join(preferences.GRADES)}. Let it return the grade alone."
-      )
-    return grade
-
-  return graded
+  mine = dict.fromkeys(JUDGES, ours)
+  return hooks.load(section["judge"], mine, "judging.judge", FORM, memory)
 
 
 def compared(

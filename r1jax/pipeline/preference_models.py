@@ -5,21 +5,23 @@ from collections.abc import Callable, Mapping, Sequence
 import functools
 import json
 import pathlib
-from typing import Any
+import shutil
 
 import numpy as np
 
 from r1jax import prompts, reward_model, train_state
 from r1jax.data.tokenizer import Tokenizer
+from r1jax.errors import UserError
 from r1jax.evals import calibration
 from r1jax.metrics import write_json
 from r1jax.models.value import Value, from_policy
 from r1jax.optimizer import OptimizerConfig, make_optimizer
 from r1jax.pipeline import calibration_plot
-from r1jax.pipeline.project import Project, Weights, save_weights
+from r1jax.pipeline.project import Project, Weights, load_weights, save_weights
 from r1jax.reward_model import Labelled, Pairs, Responses
 from r1jax.run import Run, compiled, put_batch
 
+Encode = Callable[[Sequence[tuple[str, str]]], Responses]
 VIEW = {"helpful": "summary", "safety": "all"}
 
 
@@ -74,19 +76,45 @@ def train(
   finished = folder / f"{kind}.json"
   if finished.exists():
     return json.loads(finished.read_text())
-  this.metrics.roll_back({kind: 0})
-  value, c = Value(this.policy.config), this.config
-  end_think = this.tokenizer.id("</think>")
-  view = VIEW[kind]
+  value, template = Value(this.policy.config), this.config.data.template
   encode = functools.partial(
     responses,
     tokenizer=this.tokenizer,
-    template=c.data.template,
-    prompt_length=_longest(data, ("prompt",), this.tokenizer, asked=c.data.template),
+    template=template,
+    prompt_length=_longest(data, ("prompt",), this.tokenizer, asked=template),
     length=_longest(data, ("chosen", "rejected", "response"), this.tokenizer),
   )
+  model = folder / kind
+  if (model / "weights.json").exists():
+    weights = load_weights(model, value, project.mesh)
+  else:
+    shutil.rmtree(model, ignore_errors=True)  # arrays without their name
+    weights = learn(this, value, start, data["train"], kind, section, encode)
+    model.mkdir()
+    save_weights(model, weights)
+  scores = functools.partial(
+    scored, this, value, weights, kind, encode=encode, size=section["rows"]
+  )
+  figures = evaluated(kind, data["held_out"], scores)
+  plot = folder / f"{kind}_calibration.png"
+  calibration_plot.draw(plot, figures["reliability"], kind)
+  write_json(finished, figures)
+  return figures
+
+
+def learn(
+  this: Run,
+  value: Value,
+  start: Weights,
+  rows: list,
+  kind: str,
+  section: Mapping,
+  encode: Encode,
+) -> Weights:
+  """The weights of a reward model after its epochs over `rows`."""
+  this.metrics.roll_back({kind: 0})
   epochs = section["epochs" if kind == "helpful" else "safety_epochs"]
-  batches = _batches(data["train"], section["rows"], epochs, c.seed)
+  batches = _batches(rows, section["rows"], epochs, this.config.seed)
   optimizer = make_optimizer(
     OptimizerConfig(
       learning_rate=section["learning_rate"],
@@ -97,10 +125,9 @@ def train(
     )
   )
   layout = train_state.shardings(value, optimizer, this.mesh, reference=False)
-  width = this.policy.config.width
 
   def begin(params, router):
-    trunk = from_policy(params, router, width)
+    trunk = from_policy(params, router, this.policy.config.width)
     return train_state.restart(*trunk, optimizer, reference=False)
 
   state = compiled(this, begin, *start, out_shardings=layout)(*start)
@@ -112,45 +139,53 @@ def train(
       batch,
       value=value,
       optimizer=optimizer,
-      view=view,
-      end_think_id=end_think,
+      view=VIEW[kind],
+      end_think_id=this.tokenizer.id("</think>"),
       micro_batches=section["micro_batches"],
     )
 
-  program = None
-  for i, (rows, valid) in enumerate(batches):
-    batch = put_batch(
-      this, _batch(kind, [data["train"][r] for r in rows], valid, encode)
+  out, program = (layout, None), None
+  for i, (places, valid) in enumerate(batches):
+    batch = put_batch(this, _batch(kind, [rows[at] for at in places], valid, encode))
+    program = program or compiled(
+      this, reward_model_step, state, batch, donate=(0,), out_shardings=out
     )
-    if program is None:
-      program = compiled(
-        this, reward_model_step, state, batch, donate=(0,), out_shardings=(layout, None)
-      )
     with this.clock.phase("train"):
       state, figures = program(state, batch)
       figures = {k: float(v) for k, v in figures.items()}
     this.metrics.write({"phase": kind, "step": i + 1, **figures})
     this.progress.update(kind, i + 1, len(batches), accuracy=figures["accuracy"])
-  (folder / kind).mkdir(exist_ok=True)
-  save_weights(folder / kind, (state.params, state.router))
+  return state.params, state.router
 
-  def scores(rows: Sequence[tuple[str, str]]) -> np.ndarray:
-    def score(params, router, part):
-      return reward_model.score(value, params, router, part, view, end_think)
 
-    size, found, run = section["rows"], [], None
-    for i in range(0, len(rows), size):
-      part = list(rows[i : i + size])
-      filled = put_batch(this, encode(part + part[:1] * (size - len(part))))
-      run = run or compiled(this, score, state.params, state.router, filled)
-      found.append(np.asarray(run(state.params, state.router, filled))[: len(part)])
-    return np.concatenate(found)
+def scored(
+  this: Run,
+  value: Value,
+  weights: Weights,
+  kind: str,
+  rows: Sequence[tuple[str, str]],
+  *,
+  encode: Encode,
+  size: int,
+) -> np.ndarray:
+  """A reward model's scores of (prompt, response) texts, `size` of them at a time."""
+  end_think, found, program = this.tokenizer.id("</think>"), [], None
 
-  figures = evaluated(kind, data["held_out"], scores)
-  plot = folder / f"{kind}_calibration.png"
-  calibration_plot.draw(plot, figures["reliability"], kind)
-  write_json(finished, figures)
-  return figures
+  def score(params, router, part):
+    return reward_model.score(value, params, router, part, VIEW[kind], end_think)
+
+  for i in range(0, len(rows), size):
+    part = list(rows[i : i + size])
+    filled = put_batch(this, encode(part + part[:1] * (size - len(part))))
+    program = program or compiled(this, score, *weights, filled)
+    found.append(np.asarray(program(*weights, filled))[: len(part)])
+  scores = np.concatenate(found)
+  if not np.isfinite(scores).all():
+    raise UserError(
+      f"the {kind} reward model's scores are not finite: its training has diverged."
+      " Lower config.reward_models.learning_rate."
+    )
+  return scores
 
 
 def evaluated(
@@ -220,7 +255,9 @@ def _batches(
   return found
 
 
-def _batch(kind: str, rows: list, valid: np.ndarray, encode: Any) -> Pairs | Labelled:
+def _batch(
+  kind: str, rows: list, valid: np.ndarray, encode: Encode
+) -> Pairs | Labelled:
   if kind == "helpful":
     chosen = encode([(r.prompt, r.chosen) for r in rows])
     return Pairs(chosen, encode([(r.prompt, r.rejected) for r in rows]), valid)

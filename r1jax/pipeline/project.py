@@ -72,10 +72,9 @@ class Project:
     return worlds.make_world(task, counts=c.counts.to_dict(), given=c.data, seed=c.seed)
 
   @functools.cached_property
-  def pages(self) -> list[str]:
-    """A sample of the corpus, that shapes are fitted to."""
-    made = make_pages(self.config, self.world, count=5000)
-    return [prompt + page for prompt, page in made]
+  def pages(self) -> list[tuple[str, str]]:
+    """A sample of the corpus, that shapes are fitted to: prompts, and what follows."""
+    return make_pages(self.config, self.world, count=5000)
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
@@ -84,13 +83,13 @@ class Project:
   @functools.cached_property
   def page(self) -> int:
     """Tokens of the longest page, with its prompt, BOS and EOS."""
-    return 2 + max(map(len, self.tokenizer.encode_batch(self.pages)))
+    pages = [prompt + page for prompt, page in self.pages]
+    return 2 + max(map(len, self.tokenizer.encode_batch(pages)))
 
   @functools.cached_property
   def longest_reply(self) -> int:
     """Tokens of the longest page without its prompt, with EOS."""
-    made = make_pages(self.config, self.world, count=5000)
-    return 1 + max(map(len, self.tokenizer.encode_batch([page for _, page in made])))
+    return 1 + max(map(len, self.tokenizer.encode_batch([p for _, p in self.pages])))
 
   @functools.cached_property
   def prompt_length(self) -> int:

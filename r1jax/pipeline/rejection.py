@@ -12,12 +12,15 @@ import random
 from r1jax.data import traces
 from r1jax.data.traces import Trace
 from r1jax.pipeline import filters, hooks
-from r1jax.pipeline.cold_start import asked, first_of_each, traces_of
 from r1jax.pipeline.project import Project, Weights
-from r1jax.pipeline.sampling import Decoding, sample
+from r1jax.pipeline.training_traces import draw, first_of_each
 from r1jax.run import Run
 
 JUDGES = {"none": None}
+FORM = hooks.Form(
+  "True or False: whether the trace is kept",
+  lambda said: isinstance(said, bool | int) and said in (0, 1),
+)
 
 
 def accepted(section: Mapping, memory: pathlib.Path) -> list[filters.Filter]:
@@ -35,7 +38,7 @@ def accepted(section: Mapping, memory: pathlib.Path) -> list[filters.Filter]:
     ("code_block", filters.without_code),
     ("repetitive", filters.unrepeated(section["most_repetition"])),
   ]
-  judge = hooks.load(section["judge"], JUDGES, "rejection.judge", memory)
+  judge = hooks.load(section["judge"], JUDGES, "rejection.judge", FORM, memory)
   if judge is not None:
     found.append(("judged_bad", lambda t: bool(judge(t.completion, t.problem))))
   return found
@@ -46,17 +49,9 @@ def collect(
 ) -> dict:
   """Leaves traces.jsonl, shuffled, and card.json; returns the card."""
   seed = this.config.seed
-  problems = asked(project, section["prompts"], section["instructed"], f"{seed} again")
-  said = sample(
-    project,
-    this,
-    policy,
-    problems,
-    folder / "samples.jsonl",
-    samples=section["samples"],
-    decoding=Decoding(section["temperature"]),
+  sampled, card = draw(
+    project, this, policy, section, folder, seed=f"{seed} again", source="rl_1"
   )
-  sampled, truncated = traces_of(problems, said, "rl_1")
   kept, counts = filters.sift(
     sampled, accepted(section, folder / "judged.jsonl"), of="rejection sampling"
   )
@@ -66,11 +61,7 @@ def collect(
   mixture = [*reasoning, *general]
   rng.shuffle(mixture)
   traces.write(folder / "traces.jsonl", mixture)
-  card = {
-    "tokens": said.tokens,
-    "truncated": truncated,
-    "prompts": len(problems),
-    "samples": section["samples"],
+  card |= {
     "counts": counts,
     "reasoning": len(reasoning),
     "non_reasoning": len(general),

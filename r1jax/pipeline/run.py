@@ -7,11 +7,11 @@ from ml_collections import ConfigDict
 import rich.console
 
 from r1jax import sharding
-from r1jax.errors import UserError
 from r1jax.pipeline import display, scoreboard
 from r1jax.pipeline.checks import check
 from r1jax.pipeline.project import Project
 from r1jax.pipeline.wiring import graph
+from r1jax.run import make_folder
 
 
 def run(
@@ -30,12 +30,7 @@ def run(
   if status:
     console.print(stages.table(workdir))
     return
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f"--workdir={workdir} cannot be written ({error.strerror}). Choose another one."
-    ) from error
+  make_folder(workdir)
 
   def say(text: str) -> None:
     console.print(text, style="bold", highlight=False, markup=False, soft_wrap=True)

@@ -13,8 +13,9 @@ from r1jax.data.problem import Problem
 from r1jax.evals.report_card import ROWS, Card, interval
 from r1jax.metrics import MetricsFile, write_json
 from r1jax.pipeline import display
-from r1jax.pipeline.project import Project
+from r1jax.pipeline.project import Project, Weights
 from r1jax.pipeline.sampling import Decoding, sample
+from r1jax.run import Run
 
 # Column -> (stage whose weights it is, whether they are the student's).
 COLUMNS = {
@@ -106,24 +107,13 @@ def run(
   weights: Callable,
 ) -> dict:
   """Samples every column and leaves report.json, report.md and report.png."""
-  c, prompts = project.config, sets_of(project)
-  r, cards = c.report, {}
-  every = [p for rows in prompts.values() for p in rows]
+  c, cards = project.config, {}
   for column, (stage, is_student) in columns(c).items():
     model = c.student.model if is_student else None
     with project.run(folder, {}, model=model) as this:
       this.progress.say(f"report: {column}")
-      said = sample(
-        project,
-        this,
-        weights(inputs[stage], model),
-        every,
-        folder / f"{stage}.jsonl",
-        samples=r.samples,
-        decoding=Decoding(r.temperature, r.top_p),
-        model=model,
-      )
-    cards[column] = card_of(prompts, said.texts)
+      found = weights(inputs[stage], model)
+      cards[column] = card_of(project, this, found, folder / stage, model=model)
   figures = summary(cards, c.ablations)
   figures["reward_hacking"] = hacking(inputs)
   write_json(folder / "report.json", figures)
@@ -136,12 +126,40 @@ def run(
   }
 
 
-def card_of(prompts: Mapping[str, list[Problem]], texts: list[list[str]]) -> Card:
-  """Args: the sets, and the samples of all their prompts in a row."""
-  said, at = {}, 0
-  for name, rows in prompts.items():
-    said[name] = rows, texts[at : at + len(rows)]
-    at += len(rows)
+def card_of(
+  project: Project,
+  this: Run,
+  weights: Weights,
+  path: pathlib.Path,
+  *,
+  model: Mapping | None = None,
+) -> Card:
+  """A policy's column of the table.
+
+  Args:
+    project, this: the pipeline, and the run that samples.
+    weights: of the policy.
+    path: of what it says: PATH_sums.jsonl and PATH_requests.jsonl.
+    model: a student's section.
+  """
+  r, prompts, said = project.config.report, sets_of(project), {}
+  for part, names, samples in (
+    ("sums", ("sums", "instructed"), r.samples),
+    ("requests", ("helpful", "safety"), r.request_samples),
+  ):
+    texts = sample(
+      project,
+      this,
+      weights,
+      [p for name in names for p in prompts[name]],
+      path.with_name(f"{path.name}_{part}.jsonl"),
+      samples=samples,
+      decoding=Decoding(r.temperature, r.top_p),
+      model=model,
+    ).texts
+    for name in names:
+      count = len(prompts[name])
+      said[name], texts = (prompts[name], texts[:count]), texts[count:]
   return Card.of(said)
 
 

@@ -36,12 +36,13 @@ from r1jax.pipeline.project import (
   save_weights,
   with_changes,
 )
-from r1jax.pipeline.sampling import GROUP, Decoding, sample
+from r1jax.pipeline.sampling import Decoding, sample
 from r1jax.reinforcement import reinforce, sampled_tokens
 from r1jax.run import Run, rule_reward
 
 Folder = pathlib.Path
 Inputs = dict[str, pathlib.Path]
+EXAMINED = 8  # samples of a held-out request, beside each evaluation of RL stage 2
 
 
 class Stages:
@@ -61,7 +62,8 @@ class Stages:
     """The tokenizer, and the problems for people to look at."""
     p, c = self.project, self.config
     symbols = p.world.task.symbols
-    made = Tokenizer.train(p.pages, vocab=c.pretrain.vocab, symbols=symbols)
+    pages = [prompt + page for prompt, page in p.pages]
+    made = Tokenizer.train(pages, vocab=c.pretrain.vocab, symbols=symbols)
     made.save(folder / "tokenizer.model")
     sides = ("train", "held_out", "requests", "held_out_requests")
     for side in sides:
@@ -71,13 +73,15 @@ class Stages:
     return {"vocab": made.vocab, **{s: len(getattr(p.world, s)) for s in sides}}
 
   def base(self, folder: Folder, _: Inputs) -> dict:
-    with self.project.run(folder, {}) as this:
-      save_weights(folder, loop.pretrain(this))
-      return {"nll": this.metrics.phase("pretrain")[-1]["nll"]}
+    return self._pretrained(folder, {})
 
   def student_base(self, folder: Folder, _: Inputs) -> dict:
-    model = self.config.student.model
-    changes = {"pretrain": self.config.student.pretrain}
+    student = self.config.student
+    return self._pretrained(folder, {"pretrain": student.pretrain}, student.model)
+
+  def _pretrained(
+    self, folder: Folder, changes: Mapping, model: Mapping | None = None
+  ) -> dict:
     with self.project.run(folder, changes, model=model) as this:
       save_weights(folder, loop.pretrain(this))
       return {"nll": this.metrics.phase("pretrain")[-1]["nll"]}
@@ -242,15 +246,14 @@ class Stages:
     problems = self.project.world.held_out_requests
     path = folder / "examined" / f"{step}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    r = self.config.report
     said = sample(
       self.project,
       this,
       (params, router),
       problems,
       path,
-      samples=GROUP,
-      decoding=Decoding(r.temperature, r.top_p),
+      samples=EXAMINED,
+      decoding=Decoding(this.config.eval.temperature),
     )
     return scoreboard.examined(problems, said.texts)
 

@@ -12,9 +12,9 @@ import rich.console
 import rich.table
 
 from r1jax import settings, sharding
-from r1jax.data import preferences
+from r1jax.data import notions, preferences, traces
 from r1jax.errors import UserError
-from r1jax.evals.report_card import ROWS, Card
+from r1jax.evals.report_card import ROWS
 from r1jax.metrics import write_json
 from r1jax.pipeline import (
   distill,
@@ -23,56 +23,60 @@ from r1jax.pipeline import (
   scoreboard,
 )
 from r1jax.pipeline.checks import check
-from r1jax.pipeline.graph import MANIFEST
-from r1jax.pipeline.project import Project, Weights, load_weights
-from r1jax.pipeline.sampling import Decoding, sample
-from r1jax.run import Run
+from r1jax.pipeline.project import Project, load_weights
+from r1jax.pipeline.wiring import graph
+from r1jax.run import make_folder
 
 
 @contextlib.contextmanager
 def opened(
-  config: ConfigDict,
-  source: str,
-  workdir: pathlib.Path,
-  needs: Sequence[str],
-  begun: dict,
-) -> Iterator[Project]:
-  """The Project of a pipeline's workdir, with a folder of its own for the result.
+  config: ConfigDict, source: str, needs: Sequence[str], workdir: pathlib.Path
+) -> Iterator[tuple[Project, dict]]:
+  """The Project of a pipeline's workdir, and the digests of what its stages left.
 
   Args:
-    config: as the pipeline's, where it speaks of the world.
+    config: as the pipeline's, where it speaks of these stages.
     source: the pipeline's workdir.
-    workdir: of the result.
     needs: stages that have to be done there.
-    begun: what a call is begun with; a folder goes on only with the same.
+    workdir: of the result.
 
   Raises:
-    UserError: no pipeline there, one of another config, a stage that is not done, or a
-      folder of another call or with a finished result.
+    UserError: no pipeline there, a stage that is not done or of another config, or a
+      folder with a finished result.
   """
   check(config)
   if not source:
     raise UserError("--from=DIR is needed: the workdir of python -m experiments.r1.")
-  folder = pathlib.Path(source).resolve()
-  for stage in ("world", *needs):
-    if not (folder / stage / MANIFEST).exists():
-      raise UserError(
-        f"--from={source} has no finished stage {stage!r}. Run it: python -m"
-        f" experiments.r1 --workdir={source} --stage={stage}"
-      )
-  then = json.loads((folder / "world" / MANIFEST).read_text())["config"]
-  changes = settings.differences(then, {k: settings.plain(config)[k] for k in then})
-  if changes:
-    raise UserError(
-      f"--from={source} is a pipeline of another config ({'; '.join(changes)}). Give"
-      " the same --config values as there."
-    )
   if (workdir / "summary.json").exists():
     raise UserError(
       f"--workdir={workdir} holds a finished result; nothing was overwritten. Choose"
       " another one."
     )
-  mark, begun = workdir / "begun.json", {"from": str(folder), **begun}
+  mesh, console = sharding.make_mesh(config.mesh), rich.console.Console()
+  project = Project(config, pathlib.Path(source).resolve(), mesh, console)
+  found = graph(project).status(project.workdir)
+  for stage in ("world", *needs):
+    if found[stage].state != "done":
+      raise UserError(
+        f"--from={source}: the stage {stage!r} there is {found[stage]}. Run it: python"
+        f" -m experiments.r1 --workdir={source} --stage={stage}; or give the --config"
+        " values that it was made with."
+      )
+  with jax.set_mesh(mesh):
+    yield project, {stage: found[stage].digest for stage in needs}
+
+
+def claim(workdir: pathlib.Path, begun: dict) -> None:
+  """Makes the folder of a result, or goes on in it.
+
+  Args:
+    workdir: the folder.
+    begun: what a call is begun with; it goes on only with the same.
+
+  Raises:
+    UserError: a folder of another call, or one that cannot be written.
+  """
+  mark = workdir / "begun.json"
   if mark.exists():
     other = settings.differences(json.loads(mark.read_text()), begun)
     if other:
@@ -80,16 +84,8 @@ def opened(
         f"--workdir={workdir} was begun otherwise ({'; '.join(other)}); nothing was"
         " overwritten. Choose another one, or call it as it was begun."
       )
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(mark, begun)
-  except OSError as error:
-    raise UserError(
-      f"--workdir={workdir} cannot be written ({error.strerror}). Choose another one."
-    ) from error
-  mesh, console = sharding.make_mesh(config.mesh), rich.console.Console()
-  with jax.set_mesh(mesh):
-    yield Project(config, folder, mesh, console)
+  make_folder(workdir)
+  write_json(mark, begun)
 
 
 def reward_model(
@@ -115,39 +111,25 @@ def reward_model(
   if bool(train) != bool(held_out):
     raise UserError("--train and --held_out: give both files, or none.")
   needs = ("sft_3",) if train else ("sft_3", "judging")
-  begun = {
-    "kind": kind,
-    "reward_models": settings.plain(config)["reward_models"],
-    **hooks.contents(train, held_out),
-  }
-  with opened(config, source, workdir, needs, begun) as project:
+  with opened(config, source, needs, workdir) as (project, made):
     name = "pairs" if kind == "helpful" else "labels"
     own = project.workdir / "judging"
     files = {
-      "train": train or own / f"train_{name}.jsonl",
-      "held_out": held_out or own / f"held_out_{name}.jsonl",
+      "train": pathlib.Path(train or own / f"train_{name}.jsonl"),
+      "held_out": pathlib.Path(held_out or own / f"held_out_{name}.jsonl"),
     }
-    data = {}
-    for side, path in files.items():
-      if kind == "helpful":
-        data[side], counts = preferences.read_preferences(path)
-        if not data[side]:
-          raise UserError(
-            f"{path}: no pair is left that the judge is sure of: {counts}."
-          )
-      else:
-        data[side] = preferences.read_safety(path)
+    read = pairs_of if kind == "helpful" else preferences.read_safety
+    data = {side: read(path) for side, path in files.items()}
     policy = project.policy()
     start = load_weights(project.workdir / "sft_3", policy, project.mesh)
+    section = settings.plain(config)["reward_models"]
+    named = hooks.contents(train, held_out)
+    claim(workdir, {"kind": kind, "reward_models": section, "made": made, **named})
     with project.run(workdir, {}) as this:
       figures = preference_models.train(
         project, this, start, data, kind, config.reward_models, workdir
       )
-    rows = {
-      "kind": kind,
-      "pairs" if kind == "helpful" else "labels": len(data["train"]),
-    }
-    figures = {**rows, **figures}
+    figures = {"kind": kind, name: len(data["train"]), **figures}
     write_json(workdir / "summary.json", figures)
     table = rich.table.Table(f"{kind} reward model", "held out")
     for key, value in figures.items():
@@ -155,6 +137,29 @@ def reward_model(
         table.add_row(key, f"{value:.4g}")
     project.console.print(table)
     project.console.print(f"Files: {workdir}", highlight=False, soft_wrap=True)
+
+
+def pairs_of(path: pathlib.Path) -> list[preferences.Preference]:
+  """A file's pairs, whose summaries differ.
+
+  Raises:
+    UserError: as preferences.read_preferences; or a pair that is none to a model that
+      reads summaries.
+  """
+  pairs, _ = preferences.read_preferences(path)
+  same = [
+    pair
+    for pair in pairs
+    if notions.summary_of(pair.chosen) == notions.summary_of(pair.rejected)
+  ]
+  if same:
+    raise UserError(
+      f"{path}: {len(same)} of {len(pairs)} pairs have the same summary, the first"
+      f" {same[0].chosen[:60]!r} and {same[0].rejected[:60]!r}. The helpful model reads"
+      " what follows </think> and nothing else: write '<think></think>' before replies"
+      " without thinking, and take equal ones out."
+    )
+  return pairs
 
 
 def student(
@@ -174,33 +179,35 @@ def student(
     student_from: the pipeline whose student_base begins; "": the teacher's.
     file: traces; "": those of the teacher's rejection sampling.
   """
-  distill.check_mode(config.distill.mode)
   needs = ["student_base"] if not student_from else []
   needs += [] if file else ["rejection"]
   needs += [] if config.distill.mode == "sft" else ["rl_2"]
-  begun = {
-    "student": str(pathlib.Path(student_from).resolve()) if student_from else "",
-    **{k: settings.plain(config)[k] for k in ("student", "distill", "report")},
-    **hooks.contents(file),
-  }
-  with opened(config, source, workdir, needs, begun) as project:
+  with opened(config, source, needs, workdir) as (project, made):
     teacher = project.workdir
     base = pathlib.Path(student_from).resolve() if student_from else teacher
     distill.same_tokenizer(base / "world", teacher / "world")
-    if not (base / "student_base" / MANIFEST).exists():
+    weights = base / "student_base" / "weights.json"
+    if not weights.exists():
       raise UserError(f"--student={base} has no finished stage 'student_base'.")
+    data = pathlib.Path(file or teacher / "rejection" / "traces.jsonl")
+    traces.read(data)
+    plain = settings.plain(config)
+    begun = {k: plain[k] for k in ("student", "distill", "report", "prompts")}
+    claim(workdir, {"made": made, **begun, **hooks.contents(file, str(weights))})
     figures = distill.run(
       project,
       workdir,
       student=base / "student_base",
       teacher=teacher / "rl_2",
-      data=pathlib.Path(file or teacher / "rejection" / "traces.jsonl"),
+      data=data,
     )
     cards = {}
     for name, folder in (("before", base / "student_base"), ("after", workdir)):
       with project.run(workdir, {}, model=config.student.model) as this:
         weights = load_weights(folder, this.policy, project.mesh)
-        cards[name] = card_of(project, this, weights, workdir / f"{name}.jsonl")
+        cards[name] = scoreboard.card_of(
+          project, this, weights, workdir / name, model=config.student.model
+        )
     table = rich.table.Table("percent", *cards)
     for row in ROWS:
       table.add_row(row, *(f"{100 * card.mean(row):.1f}" for card in cards.values()))
@@ -210,20 +217,3 @@ def student(
       workdir / "summary.json", {"mode": config.distill.mode, **figures, **means}
     )
     project.console.print(f"Files: {workdir}", highlight=False, soft_wrap=True)
-
-
-def card_of(project: Project, this: Run, weights: Weights, path: pathlib.Path) -> Card:
-  """A student's row of the table."""
-  r, prompts = project.config.report, scoreboard.sets_of(project)
-  every = [p for rows in prompts.values() for p in rows]
-  said = sample(
-    project,
-    this,
-    weights,
-    every,
-    path,
-    samples=r.samples,
-    decoding=Decoding(r.temperature, r.top_p),
-    model=project.config.student.model,
-  )
-  return scoreboard.card_of(prompts, said.texts)

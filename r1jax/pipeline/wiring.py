@@ -11,11 +11,12 @@ from r1jax.pipeline.stages import Stages
 
 # Keys of the config that every stage depends on; those of the corpus and of shapes
 # that are fitted to it; and those of RL.
-WORLD = ("seed", "task", "chain", "assistant", "puzzle", "counts", "data", "model")
+WORLD = ("seed", "task", "chain", "assistant", "counts", "data", "model")
 CORPUS = ("pretrain", "windows")
 RL = ("steps", "prompts", "segment_tokens", "grpo", "objective", "optimizer")
 RL += ("reward", "eval")
 WEIGHTS = ("weights.json",)  # what names the arrays beside it (project.py)
+JUDGED_RL = (*WEIGHTS, "metrics.jsonl")  # whose curves the report draws
 TRACES = ("traces.jsonl", "card.json")
 JUDGED = tuple(
   f"{side}_{kind}.jsonl" for side in judging.SIDES for kind in ("pairs", "labels")
@@ -39,8 +40,10 @@ def graph(project: Project) -> Graph:
   ) -> Stage:
     """Args: keys: dotted ones beside WORLD and CORPUS; files: what they name."""
     config = {key: _at(plain, key) for key in (*WORLD, *CORPUS, *keys)}
-    config |= hooks.contents(*files)
-    return Stage(name, inputs, config, run or getattr(bound, name), artefacts, about)
+    named = hooks.contents(*files)
+    function = run or getattr(bound, name)
+    config |= named
+    return Stage(name, inputs, config, function, artefacts, about, late=tuple(named))
 
   teacher = () if c.distill.mode == "sft" else ("rl_2",)
   student = ("student.model", "distill")
@@ -82,7 +85,13 @@ def graph(project: Project) -> Graph:
       ("reward_models",),
       ("helpful/weights.json", "safety/weights.json"),
     ),
-    of("rl_2", "R1: RL, all scenarios", ("sft_3", "reward_models"), ("rl_2", *RL)),
+    of(
+      "rl_2",
+      "R1: RL, all scenarios",
+      ("sft_3", "reward_models"),
+      ("rl_2", *RL),
+      JUDGED_RL,
+    ),
     of(
       "student_base", "a dense base", ("world",), ("student.model", "student.pretrain")
     ),
@@ -114,6 +123,7 @@ def graph(project: Project) -> Graph:
         "RL stage 2 with preference rewards all along",
         ("sft_3", "reward_models"),
         ("rl_2", "rl_2_uncapped", *RL),
+        JUDGED_RL,
       ),
     ]
   made = tuple(stage for stage, _ in scoreboard.columns(c).values())

@@ -92,18 +92,31 @@ def test_a_kill_while_writing_leaves_the_old_file_or_none(path):
 
 
 BAD = {
-  "no JSON": ('{"problem": "p", ', "is not JSON"),
-  "no object": ('["p", "c"]', "a trace is an object"),
-  "no completion": ('{"problem": "p"}', "'problem' and 'completion'"),
-  "no text": ('{"problem": 3, "completion": "c"}', "'problem' and 'completion'"),
+  "no JSON": ('{"problem": "p", ', "not JSON"),
+  "no object": ('["p", "c"]', "not a JSON object"),
+  "no completion": ('{"problem": "p"}', 'no text under "completion"'),
+  "no text": ('{"problem": 3, "completion": "c"}', 'no text under "problem"'),
   "nothing learned": (
     '{"problem": "p", "completion": " \\n"}',
-    "'completion' is empty",
+    'no text under "completion"',
   ),
-  "nothing asked": ('{"problem": "", "completion": "c"}', "'problem' is empty"),
+  "nothing asked": ('{"problem": "", "completion": "c"}', 'no text under "problem"'),
   "no domain": (
     '{"problem": "p", "completion": "c", "domain": "art"}',
-    "'art' .*safety",
+    "'art', none of .*safety",
+  ),
+  "half a character": (
+    '{"problem": "p", "completion": "\\ud800"}',
+    "half a surrogate pair",
+  ),
+  "deep": ('{"problem": "p", "completion": ' + "[" * 100_000, "nested too deeply"),
+  "a long number": (
+    '{"problem": "p", "completion": "c", "answer": ' + "9" * 5000 + "}",
+    "not JSON",
+  ),
+  "no language": (
+    '{"problem": "p", "completion": "c", "language": [1]}',
+    '"language" and "source" are texts',
   ),
   "no answer": ('{"problem": "p", "completion": "c", "answer": null}', "answer"),
 }
@@ -118,10 +131,10 @@ def test_a_bad_row_is_named_by_file_and_line(path, bad):
 
 
 def test_a_file_that_holds_no_trace_or_cannot_be_read_is_refused(path):
-  with pytest.raises(UserError, match=f"{path} cannot be read"):
+  with pytest.raises(UserError, match=f"{path}: there is no such file"):
     traces.read(path)
   path.write_bytes(b"\xff\xfe{}")
-  with pytest.raises(UserError, match=f"{path} cannot be read"):
+  with pytest.raises(UserError, match=f"{path}:1: not UTF-8"):
     traces.read(path)
   path.write_text("\n\n")
   with pytest.raises(UserError, match=f"{path} holds no trace"):

@@ -54,7 +54,7 @@ def run(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
     ("--config.distill.divergence=x", ["'x'", "forward_kl"]),
     ("--config.sft_1.learning_rate=-1.0", ["sft_1.learning_rate=-1.0", "above 0"]),
     ("--config.sft_1.micro_batches=0", ["sft_1.rows", "above 0"]),
-    ("--config.rejection.general_data=no.jsonl", ["no.jsonl", "cannot be read"]),
+    ("--config.rejection.general_data=no.jsonl", ["no.jsonl", "no such file"]),
     ("--config.student.model.mtp_depth=1", ["config.student", "mtp_depth"]),
     ("--config.zero.steps=3", ["no config key"]),
     ("--config.sft_3.rows=9", ["sft_3.rows=9", "micro_batches"]),
@@ -73,7 +73,7 @@ def test_a_mistake_is_one_line_with_the_remedy(argument, words, tmp_path):
   "module, arguments, words",
   [
     ("distill", [], ["--from=DIR is needed"]),
-    ("distill", ["--from=/nowhere"], ["no finished stage 'world'", "--stage=world"]),
+    ("distill", ["--from=/nowhere"], ["'world' there is missing", "--stage=world"]),
     ("reward_model", ["--kind=evil"], ["'evil'", "helpful", "safety"]),
     ("reward_model", ["--train=x.jsonl"], ["--held_out", "both"]),
   ],

@@ -25,7 +25,15 @@ from r1jax.metrics import MetricsFile
 from r1jax.models import config as sizes
 from r1jax.models.policy import Policy
 from r1jax.models.value import Value
-from r1jax.pipeline import cold_start, filters, hooks, rejection, supervised
+from r1jax.pipeline import (
+  cold_start,
+  filters,
+  hooks,
+  judging,
+  rejection,
+  supervised,
+  training_traces,
+)
 from r1jax.pipeline.project import Project, load_weights, save_weights, with_changes
 from r1jax.pipeline.sampling import Sampled
 from r1jax.rewards.language import language_consistency
@@ -138,7 +146,9 @@ def project(tmp_path_factory):
   made = make_project(tmp_path_factory.mktemp("project"))
   symbols = made.world.task.symbols
   (made.workdir / "world").mkdir()
-  tokenizer = Tokenizer.train(made.pages[:500], vocab=500, symbols=symbols)
+  tokenizer = Tokenizer.train(
+    [a + b for a, b in made.pages[:500]], vocab=500, symbols=symbols
+  )
   tokenizer.save(made.workdir / "world" / "tokenizer.model")
   return made
 
@@ -156,7 +166,7 @@ def test_training_problems_are_asked_and_a_share_of_them_with_an_instruction(
   project, instructed
 ):
   count, train = 30, project.world.train
-  asked = cold_start.asked(project, count, instructed, seed=3)
+  asked = training_traces.asked(project, count, instructed, seed=3)
   plain = {p.problem: p for p in train}
   with_one = 0
   for p in asked:
@@ -166,12 +176,12 @@ def test_training_problems_are_asked_and_a_share_of_them_with_an_instruction(
     with_one += bool(instruction)
   assert len({assistant.parts_of(p.problem)[:2] for p in asked}) == count
   assert with_one == instructed * count if instructed != 0.5 else 5 < with_one < 25
-  assert asked == cold_start.asked(project, count, instructed, seed=3)
-  assert asked != cold_start.asked(project, count, instructed, seed=4)
+  assert asked == training_traces.asked(project, count, instructed, seed=3)
+  assert asked != training_traces.asked(project, count, instructed, seed=4)
 
 
 def test_all_of_them_are_asked_where_there_are_fewer_and_no_held_out_one(project):
-  asked = cold_start.asked(project, 10_000, 0.0, seed=0)
+  asked = training_traces.asked(project, 10_000, 0.0, seed=0)
   assert sorted(p.problem for p in asked) == sorted(
     p.problem for p in project.world.train
   )
@@ -185,10 +195,10 @@ def test_of_each_problem_some_are_kept_and_no_text_twice():
   said = [(p, "a"), (q, "a"), (p, "a"), (p, "b"), (p, "c"), (q, "a"), (p, "b")]
   rows = [Trace(problem, text) for problem, text in said]
   for most, want in ((1, "a a"), (2, "ab a"), (3, "abc a"), (9, "abc a")):
-    got = cold_start.first_of_each(rows, most)
+    got = training_traces.first_of_each(rows, most)
     texts = ["".join(t.completion for t in got if t.problem == x) for x in (p, q)]
     assert " ".join(texts) == want and len(got) == len(want) - 1
-  assert cold_start.first_of_each([], 2) == []
+  assert training_traces.first_of_each([], 2) == []
 
 
 THOUGHT = "<think>3 + 4 = 7</think>"
@@ -256,12 +266,33 @@ def test_what_cold_start_keeps_the_miniatures_rule_can_rewrite(name):
   assert again.problem == SUM and again.source == "zero, rewritten"
 
 
+ODD = [None, 7, "", " \n", b"7", ["7"], 0.5]
+
+
 @pytest.mark.parametrize(
-  "value", [None, 7, "", " \n", b"7", {"7"}, object()], ids=lambda v: type(v).__name__
+  "stage, form, right",
+  [
+    ("cold_start.rewriter", cold_start.FORM, ["a", " a"]),
+    ("rejection.judge", rejection.FORM, [True, False, 1, 0]),
+    ("judging.judge", judging.FORM, ["A>>B", "B>A", "A=B"]),
+  ],
 )
-def test_a_rewriter_must_return_a_text(value):
-  with pytest.raises(UserError, match=r"cold_start\.rewriter gave .*'work out 3 \+ 4'"):
-    cold_start._refined(Trace(SUM, "x"), lambda completion, problem: value)
+def test_what_a_users_function_returns_has_a_form_and_nothing_else_is_kept(
+  stage, form, right, tmp_path
+):
+  (tmp_path / "mine.py").write_text("def mine(said, problem):\n  return said\n")
+  spec, memory = f"{tmp_path}/mine.py:mine", tmp_path / "said.jsonl"
+  function = hooks.load(spec, {}, stage, form, memory)
+  assert [function(value, SUM) for value in right] == right
+  rest = [*ODD, "incorrect", "no", 2, " A>B"]
+  for value in (x for x in rest if not form.holds(x)):
+    with pytest.raises(
+      UserError, match=f"{stage}=.*returned .*must return {form.about}"
+    ):
+      function(value, SUM)
+  (kept,) = tmp_path.glob("said*.jsonl")
+  assert len(kept.read_text().splitlines()) == len(right)
+  assert sum(map(form.holds, rest)) == {"cold_start": 3}.get(stage.split(".")[0], 0)
 
 
 # -- the stages ------------------------------------------------------------------------
@@ -295,7 +326,7 @@ def check_card(card, folder, counts):
 def test_cold_start_writes_right_readable_traces_in_the_askers_language(
   project, this, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(cold_start, "sample", sampler(written_by_the_corpus))
+  monkeypatch.setattr(training_traces, "sample", sampler(written_by_the_corpus))
   section = project.config.cold_start.to_dict() | dict(keep=2, most=30)
   card = cold_start.collect(project, this, None, section, tmp_path)
   check_card(card, tmp_path, card["counts"])
@@ -315,7 +346,7 @@ def test_cold_start_writes_right_readable_traces_in_the_askers_language(
 def test_cold_start_without_a_rewriter_writes_what_was_sampled(
   project, this, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(cold_start, "sample", sampler(written_by_the_corpus))
+  monkeypatch.setattr(training_traces, "sample", sampler(written_by_the_corpus))
   section = project.config.cold_start.to_dict() | dict(rewriter="none")
   cold_start.collect(project, this, None, section, tmp_path)
   for row in traces.read(tmp_path / "traces.jsonl"):
@@ -331,7 +362,7 @@ def test_cold_start_drops_what_a_rewriter_made_wrong(
     "  answer = 99 if problem.language == 'zh' else problem.answers[0]\n"
     "  return f'<think>1 = 1</think><answer>{answer}</answer>'\n"
   )
-  monkeypatch.setattr(cold_start, "sample", sampler(written_by_the_corpus))
+  monkeypatch.setattr(training_traces, "sample", sampler(written_by_the_corpus))
   section = project.config.cold_start.to_dict()
   section["rewriter"] = f"{tmp_path}/mine.py:rewrite"
   counts = cold_start.collect(project, this, None, section, tmp_path)["rewritten"]
@@ -343,7 +374,7 @@ def test_cold_start_drops_what_a_rewriter_made_wrong(
 
 def test_cold_start_says_which_rewriter_failed(project, this, tmp_path, monkeypatch):
   (tmp_path / "mine.py").write_text("def rewrite(completion, problem):\n  return 1 / 0")
-  monkeypatch.setattr(cold_start, "sample", sampler(written_by_the_corpus))
+  monkeypatch.setattr(training_traces, "sample", sampler(written_by_the_corpus))
   section = project.config.cold_start.to_dict()
   section["rewriter"] = spec = f"{tmp_path}/mine.py:rewrite"
   with pytest.raises(UserError, match=f"{spec} failed with ZeroDivisionError"):
@@ -354,7 +385,7 @@ def test_cold_start_says_which_rewriter_failed(project, this, tmp_path, monkeypa
 def test_rejection_mixes_accepted_traces_with_replies_by_weight(
   project, this, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(rejection, "sample", sampler(written_by_the_corpus))
+  monkeypatch.setattr(training_traces, "sample", sampler(written_by_the_corpus))
   section = project.config.rejection.to_dict() | dict(least_consistency=0.9, keep=2)
   card = rejection.collect(project, this, None, section, tmp_path)
   check_card(card, tmp_path, card["counts"])
@@ -380,7 +411,7 @@ def test_rejection_mixes_accepted_traces_with_replies_by_weight(
 def test_rejection_hears_where_nothing_is_accepted(
   project, this, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(rejection, "sample", sampler(lambda p, n: "I do not know"))
+  monkeypatch.setattr(training_traces, "sample", sampler(lambda p, n: "I do not know"))
   section = project.config.rejection.to_dict()
   with pytest.raises(UserError, match=r"rejection sampling: .*wrong 160.*kept 0"):
     rejection.collect(project, this, None, section, tmp_path)
@@ -398,7 +429,7 @@ def test_replies_come_from_a_users_file_if_there_is_one(project, tmp_path):
   got = rejection.non_reasoning(project, section, 40, random.Random(0))
   assert len(got) == 20 and {t.problem for t in got} == {t.problem for t in pool}
   section["general_data"] = str(tmp_path / "none.jsonl")
-  with pytest.raises(UserError, match=r"none\.jsonl cannot be read"):
+  with pytest.raises(UserError, match=r"none\.jsonl: there is no such file"):
     rejection.non_reasoning(project, section, 40, random.Random(0))
 
 
@@ -407,21 +438,30 @@ def test_without_weight_there_are_none(project):
   assert rejection.non_reasoning(project, none, 40, random.Random(0)) == []
 
 
-def test_what_a_users_function_said_is_not_asked_again(tmp_path):
+def test_what_a_users_function_said_is_not_asked_again_until_it_is_another(tmp_path):
   """Yet the n-th answer to the same question may differ from the first."""
-  (tmp_path / "mine.py").write_text(
+  code = (
     "said = []\n"
     "def judge(completion, problem):\n"
     "  said.append(completion)\n"
     "  return len(said)\n"
   )
+  (tmp_path / "mine.py").write_text(code)
   spec, memory = f"{tmp_path}/mine.py:judge", tmp_path / "said.jsonl"
-  first = hooks.load(spec, {}, "rejection.judge", memory)
+  form = hooks.Form("a number", lambda said: said > 0)
+
+  def load():
+    return hooks.load(spec, {}, "rejection.judge", form, memory)
+
+  first = load()
   assert [first(x, SUM) for x in "aab"] == [1, 2, 3]
-  with memory.open("a") as file:
+  (kept,) = tmp_path.glob("said*.jsonl")
+  with kept.open("a") as file:
     file.write('{"phase": "sa')  # a kill
-  again = hooks.load(spec, {}, "rejection.judge", memory)
+  again = load()
   assert [again(x, SUM) for x in "aabb"] == [1, 2, 3, 1]  # the last one is new
+  (tmp_path / "mine.py").write_text(code.replace("len(said)", "9"))
+  assert load()("a", SUM) == 9
 
 
 # -- SFT -------------------------------------------------------------------------------

@@ -198,7 +198,8 @@ def file(tmp_path):
 
 
 def load(spec):
-  return hooks.load(spec, OURS, "cold_start.rewriter")
+  form = hooks.Form("a text", lambda said: isinstance(said, str))
+  return hooks.load(spec, OURS, "cold_start.rewriter", form)
 
 
 def test_a_hook_is_one_of_ours_or_a_function_of_a_file(file):

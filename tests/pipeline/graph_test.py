@@ -1,5 +1,6 @@
 """Stages are run once, continued after a kill, and run again only when asked to."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -515,6 +516,32 @@ def test_a_killed_run_that_was_begun_otherwise_is_stale(chain):
   assert chain.run(rerun=True) == ["b", "c"]
   assert (chain.workdir / "old" / "b-1" / "log.txt").read_text() == "b 0\nb 1\n"
   assert chain.manifest("b")["figures"] == {"steps": 3}
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_killed_run_goes_on_if_what_changed_comes_late(tmp_path, done):
+  """A hook's file is mended while its stage is stopped; after its end that is stale."""
+
+  def of(code):
+    config = {"sft": 1, "code": code}
+    return Graph([Stage("a", (), config, work, ("b",), late=("code",))])
+
+  def work(folder, inputs):
+    (folder / "b").write_text("")
+    if not done:
+      raise Killed
+
+  with contextlib.nullcontext() if done else pytest.raises(Killed):
+    of("broken").run(tmp_path)
+  now = of("mended").status(tmp_path)["a"]
+  assert now.state == ("stale" if done else "partly")
+  done = True
+  if now.state == "partly":
+    of("mended").run(tmp_path)
+    assert of("mended").status(tmp_path)["a"].state == "done"
+  assert of("broken").status(tmp_path)["a"].state == (
+    "done" if now.reasons else "stale"
+  )
 
 
 def test_other_inputs_make_a_stage_stale(diamond):

@@ -3,7 +3,9 @@ paired gaps, several seeds as one, and a table that is whole."""
 
 import json
 import re
+import types
 
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 from scipy import stats
@@ -13,6 +15,7 @@ from r1jax.evals import report_card
 from r1jax.evals.report_card import ROWS, Card, interval
 from r1jax.pipeline import scoreboard
 from r1jax.pipeline.display import cell_text, markdown
+from r1jax.pipeline.sampling import Decoding, Sampled
 from r1jax.pipeline.scoreboard import (
   ABLATIONS,
   COLUMNS,
@@ -88,7 +91,7 @@ def test_a_card_wants_samples_of_every_problem():
     Card.of(said)
 
 
-def test_a_card_is_cut_from_the_samples_of_all_sets_in_a_row():
+def test_a_card_asks_sums_and_requests_each_as_often_as_said(monkeypatch, tmp_path):
   rows = {
     "sums": [SUM] * 3,
     "instructed": [Problem("work out 4 + 3 briefly", ("7",), language="en")],
@@ -96,12 +99,33 @@ def test_a_card_is_cut_from_the_samples_of_all_sets_in_a_row():
     "safety": [Problem("说说弹", (), language="zh", domain="safety")],
   }
   answer = "<think>4</think><answer>{}</answer>".format
-  texts = [[answer(7)], [answer(8)], [answer(7)], [answer(7)]]
-  texts += [["<think></think> cat soft"], ["<think></think> cat small shy"], ["线"]]
-  card = scoreboard.card_of(rows, texts)
+  said = {
+    "dev1_sums": [[answer(7)], [answer(8)], [answer(7)], [answer(7)]],
+    "dev1_requests": [
+      ["<think></think> cat soft"],
+      ["<think></think> cat shy"],
+      ["线"],
+    ],
+  }
+  report = ConfigDict(dict(samples=4, request_samples=8, temperature=0.6, top_p=0.9))
+  project = types.SimpleNamespace(config=ConfigDict(dict(report=report)))
+  asked = {}
+
+  def sample(project, this, weights, problems, path, *, samples, decoding, model):
+    assert decoding == Decoding(0.6, 0.9) and (weights, model) == ("w", "m")
+    asked[path.stem] = problems, samples
+    return Sampled(said[path.stem], [], 0)
+
+  monkeypatch.setattr(scoreboard, "sets_of", lambda project: rows)
+  monkeypatch.setattr(scoreboard, "sample", sample)
+  card = scoreboard.card_of(project, None, "w", tmp_path / "dev1", model="m")
+  assert asked == {
+    "dev1_sums": (rows["sums"] + rows["instructed"], 4),
+    "dev1_requests": (rows["helpful"] + rows["safety"], 8),
+  }
   assert card.scores["reasoning"].tolist() == [1, 0, 1]
   assert card.scores["instruction"].tolist() == [1]
-  np.testing.assert_allclose(card.scores["helpfulness"], [1 / 3, 2 / 3])
+  np.testing.assert_allclose(card.scores["helpfulness"], [1 / 3, 1 / 3])
   assert card.scores["safety"].tolist() == [0]
 
 

@@ -1,0 +1,88 @@
+"""What is wrong with a pipeline's config is said before a file is touched."""
+
+import re
+
+import jax
+import pytest
+
+from experiments.configs.r1 import PRESETS, get_config
+from r1jax import settings
+from r1jax.errors import UserError
+from r1jax.pipeline import checks
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+  monkeypatch.setattr(jax, "devices", lambda: [None])
+
+
+def changed(**values):
+  c = get_config("tiny").unlock()
+  for key, value in values.items():
+    section, _, name = key.rpartition("__")
+    into = c
+    for part in filter(None, section.split("__")):
+      into = into[part]
+    into[name] = value
+  return c
+
+
+def test_the_miniature_passes_as_it_is():
+  checks.check(get_config("tiny"))
+
+
+def test_with_its_sections_every_preset_is_a_config():
+  for preset in PRESETS:
+    c = get_config(preset)
+    assert c.preset == preset and settings.plain(c)
+
+
+@pytest.mark.parametrize(
+  "change, said",
+  [
+    (dict(rl_2_uncapped__steps=0), "config.rl_2_uncapped.*steps=0"),
+    (dict(rl_2_uncapped__steps=121), "config.rl_2_uncapped.*steps=121.*try 122"),
+    (dict(rl_2__window=81), "rl_2.window=81 .*minibatches=2"),
+    (dict(rl_2__changes__unknown=1), "config.rl_2.changes: a stage changes 'unknown'"),
+    (dict(zero__prompts=7), "in the stage of config.zero: .*prompts=7"),
+    (dict(distill__on_policy_steps=0), "distill.on_policy_steps=0"),
+    (dict(rejection__general_weight=float("inf")), "rejection.general_weight=inf"),
+    (dict(rejection__general_weight=float("nan")), "rejection.general_weight=nan"),
+    (dict(reward_models__schedule="linear"), "reward_models.schedule='linear'.*cosine"),
+    (dict(report__problems=1), "report.problems=1 must lie between 2"),
+    (dict(report__request_samples=6), "report.request_samples=6 .*multiple of 4"),
+    (dict(sft_1__learning_rate=float("inf")), "sft_1.learning_rate=inf"),
+    (dict(sft_3__learning_rate=float("nan")), "sft_3.learning_rate=nan"),
+    (dict(data__prefill_think=True), "prefill_think=True"),
+    (dict(pretrain__steps=0), "pretrain.steps=0"),
+  ],
+)
+def test_what_cannot_be_is_refused_by_name(change, said):
+  with pytest.raises(UserError, match=said):
+    checks.check(changed(**change))
+
+
+@pytest.mark.parametrize("devices, ok", [(2, True), (3, False), (8, True)])
+def test_samples_and_rows_divide_over_the_shards(devices, ok, monkeypatch):
+  """24 prompts do over 3, but 64 sampled problems do not."""
+  monkeypatch.setattr(jax, "devices", lambda: [None] * devices)
+  size = dict(prompts=24, grpo__micro_batches=1, pretrain__micro_batches=1)
+  sections = ("sft_1", "sft_3", "distill", "reward_models")
+  one = {f"{name}__micro_batches": 1 for name in sections}
+  c = changed(**size, **one, pretrain__rows=48, mesh=(-1, 1, 1))
+  found = [rule for holds, rule in checks.rules_of_data(c) if not holds]
+  found += [rule for holds, rule in checks.rules_of_learning(c) if not holds]
+  assert bool(found) != ok
+  if not ok:
+    assert any(re.search("mesh=.*64 problems.*3 data shards", rule) for rule in found)
+    assert any(re.search("sft_1.rows=16 .*3 data shards", rule) for rule in found)
+
+
+def test_only_the_assistant_has_requests():
+  from experiments.configs import r1_zero
+
+  c = r1_zero.get_config("tiny").unlock()
+  settings.check(c, 1)
+  c.pretrain.mix.request = 0.1
+  with pytest.raises(UserError, match=r"mix\.request=0\.1: task='chain'.*'assistant'"):
+    settings.check(c, 1)
