@@ -49,6 +49,7 @@ def check(config: ConfigDict) -> None:
       "config.reward.host=True: the stages read their rewards in the graph. Set it to"
       " False; python -m experiments.r1_zero reads rewards from text."
     )
+  settings.check(c, devices)
   student = {"model": c.student.model}
   of_student = {**student, "pretrain": c.student.pretrain}
   stages: dict[str, Mapping] = {

@@ -45,6 +45,7 @@ def test_with_its_sections_every_preset_is_a_config():
     (dict(rl_2__window=81), "rl_2.window=81 .*minibatches=2"),
     (dict(rl_2__changes__unknown=1), "config.rl_2.changes: a stage changes 'unknown'"),
     (dict(zero__prompts=7), "in the stage of config.zero: .*prompts=7"),
+    (dict(prompts=7), "^config.prompts=7"),
     (dict(distill__on_policy_steps=0), "distill.on_policy_steps=0"),
     (dict(rejection__general_weight=float("inf")), "rejection.general_weight=inf"),
     (dict(rejection__general_weight=float("nan")), "rejection.general_weight=nan"),
