@@ -262,9 +262,9 @@ def read_safety(path: str | pathlib.Path) -> list[SafetyLabel]:
 
 def _preferences(row: dict, judgments: int) -> list[Preference]:
   prompt = text_of(row, "prompt")
-  if "scores" in row:
+  if "scores" in row or "a" in row:
     pair = Comparison(prompt, *_two_texts(row, "a", "b"))
-    return _preference(pair, _mean_score(row["scores"], judgments))
+    return _preference(pair, _mean_score(row.get("scores"), judgments))
   chosen, rejected = _two_texts(row, "chosen", "rejected")
   delta = _number(row.get("delta"), "delta")
   if not SURE < delta <= MOST:

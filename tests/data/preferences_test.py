@@ -264,6 +264,7 @@ PAIR_MISTAKES = [
   ({**PAIR, "delta": 9}, '"delta" is 9, not above 1 and at most 2'),
   ({**SCORED, "scores": [2, 2, 2]}, r"\[2, 2, 2\], not a list of 4 grades"),
   ({**SCORED, "scores": 2}, '"scores" is 2, not a list'),
+  ({k: SCORED[k] for k in ("prompt", "a", "b")}, '"scores" is None, not a list'),
   ({**SCORED, "scores": [2, 2, "1", 2]}, "no number under \"scores\", but '1'"),
   ({**SCORED, "scores": [2, 2, None, 2]}, 'no number under "scores", but None'),
   ({**SCORED, "scores": [2, 2, 5, 2]}, r"grade outside -2\.\.2"),
