@@ -133,7 +133,7 @@ def tiny() -> ConfigDict:
   c.rl_2.changes.eval.temperature = 1.0  # as the table's
 
   c.rl_2_uncapped = ConfigDict()
-  c.rl_2_uncapped.steps = 120  # of the ablation: updates, all of them with requests
+  c.rl_2_uncapped.steps = 200  # of the ablation: updates, all of them with requests
 
   # -- the student
   c.student = ConfigDict()
