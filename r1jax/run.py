@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 from typing import Any
@@ -26,7 +25,7 @@ from r1jax.progress import Clock, Progress
 from r1jax.prompts import PromptBatch
 from r1jax.rewards import in_graph
 from r1jax.rewards.in_graph import Rewards
-from r1jax.rewards.rules import load_rules, rule_files
+from r1jax.rewards.rules import file_digests, load_rules
 from r1jax.rewards.scorer import Scorer
 from r1jax.rollout import Rollout
 
@@ -100,13 +99,8 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
 def identity(config: ConfigDict) -> dict:
   """What a run must share with the one that its workdir holds: the config, and the
   content of the files that it names."""
-  files = [config.data.problems, *rule_files(config.reward.rules)]
-  digests = {
-    f"sha256 of {file}": hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
-    for file in files
-    if pathlib.Path(file).is_file()
-  }
-  return {**settings.plain(config), **digests}
+  named = file_digests(config.data.problems, config.reward.rules)
+  return {**settings.plain(config), **named}
 
 
 def prepare(

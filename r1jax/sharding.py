@@ -93,6 +93,11 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
   )
 
 
+def data_shards(mesh: Mesh) -> int:
+  """How many parts a batch is cut into."""
+  return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows of prompts, rollouts and pages: cut along their first axis."""
   return NamedSharding(mesh, P(BATCH))

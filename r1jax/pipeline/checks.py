@@ -13,7 +13,7 @@ from r1jax.errors import UserError
 from r1jax.pipeline import cold_start, distill, hooks, judging, rejection
 from r1jax.pipeline.all_scenarios_rl import SQUASH
 from r1jax.pipeline.project import with_changes
-from r1jax.pipeline.sampling import CHUNK, GROUP
+from r1jax.pipeline.sampling import GROUP
 
 # Sections of the config that say how rows are learned.
 TUNED = ("sft_1", "sft_3", "distill", "reward_models")
@@ -85,12 +85,6 @@ def check(config: ConfigDict) -> None:
   distill.logit_config(distill.with_rate(c))
 
 
-def shards_of(c: ConfigDict) -> int:
-  """How many parts a batch is divided into."""
-  shape = sharding.check_mesh(c.mesh, len(jax.devices()))
-  return shape[0] * shape[1]
-
-
 def rules_of_data(c: ConfigDict) -> list[tuple[bool, str]]:
   """(holds, what came and the rule): of what is sampled and judged."""
   sampled = ("cold_start", "rejection", "judging", "report")
@@ -127,11 +121,6 @@ def rules_of_data(c: ConfigDict) -> list[tuple[bool, str]]:
       f"{c.counts.held_out}",
     ),
     (
-      CHUNK % shards_of(c) == 0,
-      f"mesh={tuple(c.mesh)}: the {CHUNK} problems that are sampled at a time do not"
-      f" divide over its {shards_of(c)} data shards (fsdp x expert)",
-    ),
-    (
       0 < c.report.top_p <= 1,
       f"report.top_p={c.report.top_p} must lie above 0 and up to 1",
     ),
@@ -142,7 +131,8 @@ def rules_of_learning(c: ConfigDict) -> list[tuple[bool, str]]:
   """(holds, what came and the rule): of SFT, reward models and RL stage 2."""
   r, stage = c.rl_2, with_changes(c, c.rl_2.changes)
   k, requests = stage.grpo.minibatches, round(stage.prompts * r.general_share)
-  shards = shards_of(c)
+  shape = sharding.check_mesh(c.mesh, len(jax.devices()))
+  shards = shape[0] * shape[1]
   rates = {s: c[s].learning_rate for s in TUNED} | {
     "distill": distill.with_rate(c).learning_rate
   }

@@ -10,7 +10,7 @@ from typing import Any
 
 from r1jax.errors import UserError
 from r1jax.metrics import MetricsFile
-from r1jax.rewards.rules import load_rules, rule_files
+from r1jax.rewards.rules import file_digests, load_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def load(
   function = checked(next(iter(found.values()))[1], f"config.{key}={spec}", form)
   if memory is None:
     return function
-  digest = next(iter(contents(spec).values()))[:8]
+  digest = next(iter(file_digests(spec).values()))[:8]
   return remembered(function, memory.with_stem(f"{memory.stem}-{digest}"))
 
 
@@ -96,14 +96,3 @@ def remembered(function: Callable, path: pathlib.Path) -> Callable:
     return known[name]
 
   return call
-
-
-def contents(*specs: str) -> dict[str, str]:
-  """{"sha256 of FILE": ...} of the files that specs, FILE or FILE.py:function, name: a
-  part of a stage's config."""
-  files = [file for spec in specs for file in (spec, *rule_files(spec))]
-  return {
-    f"sha256 of {file}": hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
-    for file in files
-    if pathlib.Path(file).is_file()
-  }

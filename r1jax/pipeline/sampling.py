@@ -2,19 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 import pathlib
 
 import jax
 import numpy as np
 
-from r1jax import rollout
+from r1jax import rollout, sharding
 from r1jax.data.problem import Problem
 from r1jax.evals import generate
 from r1jax.metrics import MetricsFile
 from r1jax.pipeline.project import Project, Weights
 from r1jax.run import Run, compiled, put_batch, take
 
-CHUNK, GROUP = 64, 4  # problems and samples of each that one program draws
+# Problems, and samples of each, that one program draws; more where the data shards of a
+# mesh do not divide them.
+CHUNK, GROUP = 64, 4
 SAMPLE = 3  # what a random draw is for, beside RL's and the evaluations' 1 and 2
 
 
@@ -52,7 +55,8 @@ def sample(
     project, this: the pipeline and the stage that samples.
     weights: of the policy `this.policy`.
     problems: what is asked.
-    path: of the JSONL file, a line a chunk; what stands there is not sampled again.
+    path: of the JSONL file, a line a chunk; what stands there is not sampled again,
+      unless a mesh of other chunks left it.
     samples: of each problem, a multiple of GROUP.
     decoding: temperature and nucleus.
     model: what tells this policy's shape from others'.
@@ -61,9 +65,10 @@ def sample(
   if samples != rounds * GROUP:
     raise ValueError(f"samples={samples} must be a multiple of {GROUP}")
   file.roll_back({})  # drops the half line of a kill
-  done = {row["step"]: row for row in file.rows()}
+  chunk = math.lcm(CHUNK, sharding.data_shards(this.mesh))
+  done = {row["step"]: row for row in file.rows() if row.get("chunk") == chunk}
   places = [
-    np.arange(i, i + CHUNK) % len(problems) for i in range(0, len(problems), CHUNK)
+    np.arange(i, i + chunk) % len(problems) for i in range(0, len(problems), chunk)
   ]
   left = [n for n in range(len(places) * rounds) if n not in done]
   if left:
@@ -97,10 +102,11 @@ def sample(
       name, lambda b=batch, k=key, f=draw: compiled(this, f, *weights, b, k)
     )
     said = jax.device_get(program(*weights, batch, key))
-    count = min(CHUNK, len(problems) - int(part[0]))
+    count = min(chunk, len(problems) - int(part[0]))
     done[n] = {
       "phase": "sample",
       "step": n,
+      "chunk": chunk,
       "texts": generate.texts_of(said, this.tokenizer)[:count],
       "ended": said.ended[:count].tolist(),
       "tokens": int(said.mask[:count].sum()),

@@ -18,13 +18,13 @@ from r1jax.evals.report_card import ROWS
 from r1jax.metrics import write_json
 from r1jax.pipeline import (
   distill,
-  hooks,
   preference_models,
   scoreboard,
 )
 from r1jax.pipeline.checks import check
 from r1jax.pipeline.project import Project, load_weights
 from r1jax.pipeline.wiring import graph
+from r1jax.rewards.rules import file_digests
 from r1jax.run import make_folder
 
 
@@ -123,7 +123,7 @@ def reward_model(
     policy = project.policy()
     start = load_weights(project.workdir / "sft_3", policy, project.mesh)
     section = settings.plain(config)["reward_models"]
-    named = hooks.contents(train, held_out)
+    named = file_digests(train, held_out)
     claim(workdir, {"kind": kind, "reward_models": section, "made": made, **named})
     with project.run(workdir, {}) as this:
       figures = preference_models.train(
@@ -193,7 +193,7 @@ def student(
     traces.read(data)
     plain = settings.plain(config)
     begun = {k: plain[k] for k in ("student", "distill", "report", "prompts")}
-    claim(workdir, {"made": made, **begun, **hooks.contents(file, str(weights))})
+    claim(workdir, {"made": made, **begun, **file_digests(file, str(weights))})
     figures = distill.run(
       project,
       workdir,

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from r1jax import settings
-from r1jax.pipeline import hooks, judging, scoreboard
+from r1jax.pipeline import judging, scoreboard
 from r1jax.pipeline.graph import Graph, Stage
 from r1jax.pipeline.project import Project
 from r1jax.pipeline.stages import Stages
+from r1jax.rewards.rules import file_digests
 
 # Keys of the config that every stage depends on; those of the corpus and of shapes
 # that are fitted to it; and those of RL.
@@ -40,7 +41,7 @@ def graph(project: Project) -> Graph:
   ) -> Stage:
     """Args: keys: dotted ones beside WORLD and CORPUS; files: what they name."""
     config = {key: _at(plain, key) for key in (*WORLD, *CORPUS, *keys)}
-    named = hooks.contents(*files)
+    named = file_digests(*files)
     function = run or getattr(bound, name)
     config |= named
     return Stage(name, inputs, config, function, artefacts, about, late=tuple(named))

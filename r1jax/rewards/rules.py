@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Callable
+import hashlib
 import importlib.util
 import math
 import numbers
@@ -58,6 +59,17 @@ def rule_files(spec: str) -> list[str]:
   """The files that a spec names."""
   entries = (e.partition("=")[0].strip() for e in spec.split(","))
   return [e.rpartition(":")[0] for e in entries if ":" in e]
+
+
+def file_digests(*specs: str) -> dict[str, str]:
+  """{"sha256 of FILE": ...} of the files that specs, FILE or FILE.py:function, name:
+  what a run or a stage has to share with one that it continues."""
+  files = [file for spec in specs for file in (spec, *rule_files(spec))]
+  return {
+    f"sha256 of {file}": hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+    for file in files
+    if pathlib.Path(file).is_file()
+  }
 
 
 def _load(path: pathlib.Path, name: str) -> Callable:

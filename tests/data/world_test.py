@@ -85,3 +85,12 @@ def test_a_word_is_accepted_with_and_without_its_space():
 def test_an_unknown_task_is_refused_with_the_known_ones():
   with pytest.raises(UserError, match=r"'chess'.*chain.*puzzle"):
     worlds.make_task("chess", {})
+
+
+def test_sums_of_the_assistant_are_as_long_as_those_of_the_chain():
+  options = dict(chain=dict(min_terms=5, max_terms=6), assistant=dict(mixed=0.0))
+  assistant, chain = (
+    worlds.make_task(name, options) for name in ("assistant", "chain")
+  )
+  assert (assistant.min_terms, assistant.max_terms, assistant.mixed) == (5, 6, 0.0)
+  assert (chain.min_terms, chain.max_terms) == (5, 6)

@@ -9,6 +9,7 @@ from r1jax.data.problem import Problem
 from r1jax.data.traces import Trace
 from r1jax.errors import UserError
 from r1jax.pipeline import filters, hooks
+from r1jax.rewards import rules
 
 
 def trace(completion, answers=("7",), language="en", **more):
@@ -241,9 +242,9 @@ def test_what_a_users_function_raises_is_said_with_its_name(file):
 
 
 def test_the_content_of_named_files_is_part_of_a_stages_config(file):
-  before = hooks.contents("assistant", f"{file}:twice")
+  before = rules.file_digests("assistant", f"{file}:twice")
   digest = hashlib.sha256(HOOKS.encode()).hexdigest()
   assert before == {f"sha256 of {file}": digest}
   file.write_text(HOOKS + "\n")
-  assert hooks.contents("assistant", f"{file}:twice") != before
-  assert hooks.contents("none", "") == hooks.contents("gone.py:function") == {}
+  assert rules.file_digests("assistant", f"{file}:twice") != before
+  assert rules.file_digests("none", "") == rules.file_digests("gone.py:function") == {}
