@@ -73,7 +73,7 @@ def test_rows_divide_over_the_shards(devices, ok, monkeypatch):
   if ok:
     checks.check(c)
     return
-  with pytest.raises(UserError, match="sft_1.rows=16 .*3 data shards"):
+  with pytest.raises(UserError, match=r"sft_1\.rows=16 .*3 data shards"):
     checks.check(c)
 
 

@@ -17,7 +17,7 @@ def test_a_folder_is_gone_on_in_by_the_same_call_alone(tmp_path):
   (folder / "metrics.jsonl").write_text("kept")
   standalone.claim(folder, begun)
   before = {path.name: path.read_bytes() for path in folder.iterdir()}
-  with pytest.raises(UserError, match="was begun otherwise .*sft_3.*nothing was over"):
+  with pytest.raises(UserError, match=r"was begun otherwise .*sft_3.*nothing was over"):
     standalone.claim(folder, {**begun, "made": {"sft_3": "b"}})
   assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
