@@ -19,7 +19,9 @@ setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   python_requires=">=3.11",
+  # The folder kernels/ is r1jax.kernels: Hugging Face ships a package named kernels.
   packages=find_packages(include=["r1jax", "r1jax.*", "experiments", "experiments.*"]),
+  package_dir={"r1jax.kernels": "kernels"},
   install_requires=[
     JAX.format(""),
     "flax>=0.12.8",

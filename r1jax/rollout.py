@@ -12,7 +12,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from r1jax import sharding
+from r1jax import ops, sharding
 from r1jax import support as supports
 from r1jax.models.mla import DecodeStep, Sequence
 from r1jax.models.policy import Policy, token_logprobs
@@ -51,8 +51,8 @@ class Decoding:
   lengths: jax.Array  # B G int32
   done: jax.Array  # B G bool
   hidden: jax.Array  # B G D, of the last token
-  prefix: jax.Array  # N B P C+R
-  suffix: jax.Array  # N B G T C+R
+  prefix: jax.Array  # N B P L, the prompts on the right
+  suffix: jax.Array  # N B G S L, S slots for T tokens
   prompt_experts: jax.Array | None  # N B P A
   experts: jax.Array | None  # N B G T A
   support: jax.Array | None  # B G T V/8
@@ -80,7 +80,10 @@ def start(
   out = policy.apply({"params": params, "router": router}, prompts.tokens, seq)
   rows = (batch, group_size)
   hidden = jnp.broadcast_to(out.hidden[:, -1:], (*rows, out.hidden.shape[-1]))
-  layers, _, _, latent = out.cache.shape
+  layers, _, length, width = out.cache.shape
+  fill = ops.cache_slots(length) - length
+  prefix = jnp.pad(out.cache, ((0, 0), (0, 0), (fill, 0), (0, 0)))
+  slots = ops.cache_slots(max_tokens)
   experts = prompt_experts = support = None
   if out.experts is not None:
     few = policy.config.experts <= 256
@@ -99,8 +102,8 @@ def start(
     lengths=cut(jnp.zeros(rows, jnp.int32)),
     done=cut(jnp.zeros(rows, bool)),
     hidden=cut(hidden),
-    prefix=cut(out.cache, axis=1),
-    suffix=cut(jnp.zeros((layers, *rows, max_tokens, latent), out.cache.dtype), axis=1),
+    prefix=cut(prefix, axis=1),
+    suffix=cut(jnp.zeros((layers, *rows, slots, width), prefix.dtype), axis=1),
     prompt_experts=prompt_experts,
     experts=experts,
     support=support,
@@ -140,7 +143,7 @@ def advance(
     return jax.random.fold_in(jax.random.fold_in(key, problem), sample)
 
   row_keys = jax.vmap(jax.vmap(sample_key, (None, 0)))(prompts.ids, samples)
-  prompt_lengths = prompts.mask.sum(axis=1)[:, None]
+  prompt_lengths = prompts.mask.sum(axis=1)
 
   def draw(logits, t):
     def one(k, row):
@@ -167,8 +170,8 @@ def advance(
       return jax.lax.dynamic_update_slice(buffer, column[..., None], (0, 0, c.t))
 
     at = DecodeStep(
-      positions=jnp.broadcast_to(prompt_lengths + c.t, token.shape),
-      prefix_mask=prompts.mask,
+      positions=jnp.broadcast_to(prompt_lengths[:, None] + c.t, token.shape),
+      prefix_starts=c.prefix.shape[2] - prompt_lengths,
       slot=c.t,
     )
     hidden, suffix, chosen = policy.apply(

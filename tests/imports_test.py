@@ -11,7 +11,8 @@ RANKS = [
   for names in (
     "r1jax.errors",
     "r1jax.kernels r1jax.sharding r1jax.data.tokenizer r1jax.data.problem",
-    "r1jax.ops r1jax.rewards",
+    "r1jax.implementation r1jax.ops_checks r1jax.ahead_of_time r1jax.rewards",
+    "r1jax.ops",
     "r1jax.models",
     "r1jax.objective r1jax.support r1jax.train_state r1jax.optimizer",
     "r1jax.step_config",
@@ -37,7 +38,8 @@ ORDERED = [
   "r1jax.experience",
   *("r1jax.grpo", "r1jax.ppo", "r1jax.segments"),
 ]
-FILES = sorted([*ROOT.glob("r1jax/**/*.py"), *ROOT.glob("experiments/**/*.py")])
+PLACES = ("r1jax/**/*.py", "kernels/*.py", "experiments/**/*.py")
+FILES = sorted(path for place in PLACES for path in ROOT.glob(place))
 
 
 def room(module: str) -> str:
@@ -67,9 +69,10 @@ def imported(path: pathlib.Path) -> set[str]:
 
 
 def module_name(path: pathlib.Path) -> str:
-  return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(
-    ".__init__"
-  )
+  parts = path.relative_to(ROOT).with_suffix("").parts
+  if parts[0] == "kernels":  # the folder is the package r1jax.kernels
+    parts = ("r1jax", *parts)
+  return ".".join(parts).removesuffix(".__init__")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -5,6 +5,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from r1jax import implementation, ops
 from r1jax.errors import UserError
 
 
@@ -86,6 +87,7 @@ class PolicyConfig:
   dtype: str = "float32"  # of activations; parameters are float32
   moe: str = "dense"  # "dense": every expert on every token; "ragged": sorted tokens
   remat: bool = False  # recompute each layer in the backward pass
+  implementation: str = "auto"  # of attention and experts (implementation.py)
 
   def __post_init__(self):
     if self.attention not in ONLY:
@@ -144,6 +146,10 @@ class PolicyConfig:
       ),
       (self.mtp_depth in (0, 1), f"mtp_depth={self.mtp_depth} must be 0 or 1"),
       (
+        self.implementation in implementation.NAMES,
+        f"implementation={self.implementation!r} must be one of {implementation.NAMES}",
+      ),
+      (
         self.moe in ("dense", "ragged"),
         f"moe={self.moe!r} must be 'dense' or 'ragged'",
       ),
@@ -157,12 +163,12 @@ class PolicyConfig:
     return self.layers - self.dense_layers
 
   @property
-  def latent(self) -> int:
-    """Width of a cache entry. MLA: kv latent and shared rope key, C + R. GQA: the
-    heads' keys after RoPE, then their values, 2 kv_heads K."""
+  def cache(self) -> ops.Layout:
+    """Of an entry of the cache. MLA: kv latent and shared rope key. GQA: key after RoPE
+    and value of each key head."""
     if self.attention == "gqa":
-      return 2 * self.kv_heads * self.head_dim
-    return self.kv_latent + self.rope_dim
+      return ops.Layout.gqa(self.kv_heads, self.head_dim)
+    return ops.Layout.mla(self.kv_latent, self.rope_dim)
 
   @property
   def compute_dtype(self):

@@ -1,6 +1,6 @@
 """Grouped-query attention (arXiv 2305.13245) as in Llama 3, Qwen2 and Qwen3.
 
-A token leaves one cache entry: the keys of the Hk key heads after RoPE, their values.
+A token leaves one cache entry: for each key head its key after RoPE and its value.
 """
 
 from flax import linen as nn
@@ -51,10 +51,10 @@ class GQA(nn.Module):
     return apply_rope(q, positions, self.config, "halves")
 
   def _keys_and_values(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """[B, T, 2, Hk, K]: the keys after RoPE, the values."""
+    """[B, T, Hk, 2, K]: the keys after RoPE, the values."""
     k, v = self._project(x, *self.to_k), self._project(x, *self.to_v)
     k = k if self.k_norm is None else self.k_norm(k)
-    return jnp.stack([apply_rope(k, positions, self.config, "halves"), v], axis=2)
+    return jnp.stack([apply_rope(k, positions, self.config, "halves"), v], axis=3)
 
   def _output(self, heads: jax.Array) -> jax.Array:
     return jnp.einsum("bthk,hkd->btd", heads, self.w_o.astype(heads.dtype))
@@ -67,12 +67,20 @@ class GQA(nn.Module):
       seq: positions and segments of the tokens.
 
     Returns:
-      ([B, T, D] output, [B, T, 2 Hk K] cache entries).
+      ([B, T, D] output, [B, T, L] cache entries).
     """
     c = self.config
     q, kv = self._queries(x, seq.positions), self._keys_and_values(x, seq.positions)
-    out = ops.attention(q, kv[:, :, 0], kv[:, :, 1], seq.mask, scale=c.head_dim**-0.5)
-    return self._output(out), kv.reshape(*x.shape[:2], c.latent)
+    out, _ = ops.attention(
+      q,
+      kv[:, :, :, 0],
+      kv[:, :, :, 1],
+      seq.segments,
+      seq.segments,
+      scale=c.head_dim**-0.5,
+      implementation=c.implementation,
+    )
+    return self._output(out), kv.reshape(*x.shape[:2], c.cache.width)
 
   def decode(
     self,
@@ -87,8 +95,8 @@ class GQA(nn.Module):
     Args:
       x: [B, G, D].
       at: where the tokens stand.
-      prefix: [B, P, 2 Hk K], this layer's prompt cache.
-      suffix: [N, B, G, S, 2 Hk K], all layers' caches of the rows' own tokens.
+      prefix: [N, B, P, L], all layers' prompt caches.
+      suffix: [N, B, G, S, L], and those of the rows' own tokens.
       layer: [] int32, which of the N.
 
     Returns:
@@ -96,15 +104,6 @@ class GQA(nn.Module):
     """
     c = self.config
     q, kv = self._queries(x, at.positions), self._keys_and_values(x, at.positions)
-    entry = kv.reshape(1, *x.shape[:2], 1, c.latent)
-    suffix = jax.lax.dynamic_update_slice(suffix, entry, (layer, 0, 0, at.slot, 0))
-    own = jax.lax.dynamic_index_in_dim(suffix, layer, keepdims=False)
-    out = ops.gqa_decode(
-      q,
-      prefix.reshape(*prefix.shape[:2], 2, c.kv_heads, c.head_dim),
-      at.prefix_mask,
-      own.reshape(*own.shape[:3], 2, c.kv_heads, c.head_dim),
-      at.slot,
-      scale=c.head_dim**-0.5,
-    )
+    suffix = at.written(suffix, layer, kv.reshape(*x.shape[:2], c.cache.width))
+    out = at.attend(q, prefix, suffix, layer, config=c, scale=c.head_dim**-0.5)
     return self._output(out), suffix

@@ -30,21 +30,35 @@ class Sequence:
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     return cls(positions=positions, segments=mask.astype(jnp.int32))
 
-  @property
-  def mask(self) -> jax.Array:  # B T T bool
-    t = jnp.arange(self.segments.shape[1])
-    causal = t[None, :, None] >= t[None, None, :]
-    same = self.segments[:, :, None] == self.segments[:, None, :]
-    return causal & same & (self.segments[:, None, :] > 0)
-
 
 @struct.dataclass
 class DecodeStep:
   """Where the one new token of every row of every group stands."""
 
   positions: jax.Array  # B G int32, for RoPE
-  prefix_mask: jax.Array  # B P bool
+  prefix_starts: jax.Array  # B int32, the first slot of each prompt; it ends the prefix
   slot: jax.Array  # [] int32, the suffix slot the token is written to
+
+  def written(self, suffix: jax.Array, layer: jax.Array, entry: jax.Array) -> jax.Array:
+    """The rows' own cache with the tokens' entries. Args: suffix [N, B, G, S, L], layer
+    [] int32, entry [B, G, L]."""
+    where = (layer, 0, 0, self.slot, 0)
+    return jax.lax.dynamic_update_slice(suffix, entry[None, :, :, None], where)
+
+  def attend(self, q, prefix, suffix, layer, *, config: PolicyConfig, scale: float):
+    """ops.decode_attention over the prompts and all that is written."""
+    return ops.decode_attention(
+      q,
+      prefix,
+      suffix,
+      layer,
+      self.prefix_starts,
+      jnp.full_like(self.prefix_starts, prefix.shape[2]),
+      jnp.broadcast_to(self.slot + 1, q.shape[:2]),
+      layout=config.cache,
+      scale=scale,
+      implementation=config.implementation,
+    )
 
 
 class MLA(nn.Module):
@@ -67,7 +81,8 @@ class MLA(nn.Module):
       self.w_uq = new(
         "w_uq", (c.q_latent, c.heads, qk), ("latent", "heads", "head_dim"), c.q_latent
       )
-    self.w_dkv = new("w_dkv", (c.width, c.latent), ("embed", "latent"), c.width)
+    entry = c.kv_latent + c.rope_dim
+    self.w_dkv = new("w_dkv", (c.width, entry), ("embed", "latent"), c.width)
     self.kv_norm = RMSNorm(c.norm_eps)
     axes = ("latent", "heads", "head_dim")
     self.w_uk = new("w_uk", (c.kv_latent, c.heads, c.nope_dim), axes, c.kv_latent)
@@ -89,12 +104,17 @@ class MLA(nn.Module):
     return q[..., : c.nope_dim], apply_rope(q[..., c.nope_dim :], positions, c)
 
   def _entries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Cache entries [..., C + R]: the kv latent after its norm, the key after RoPE."""
+    """Entries [..., C + R]: the kv latent after its norm, the key after RoPE."""
     c = self.config
     both = x @ self.w_dkv.astype(x.dtype)
     latent = self.kv_norm(both[..., : c.kv_latent])
     rope_key = apply_rope(both[..., c.kv_latent :], positions, c)
     return jnp.concatenate([latent, rope_key], axis=-1)
+
+  def _stored(self, entries: jax.Array) -> jax.Array:
+    """Entries at the width of the cache, L."""
+    fill = self.config.cache.width - entries.shape[-1]
+    return jnp.pad(entries, [(0, 0)] * (entries.ndim - 1) + [(0, fill)])
 
   def __call__(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array, jax.Array]:
     """Full attention.
@@ -104,7 +124,7 @@ class MLA(nn.Module):
       seq: positions and segments of the tokens.
 
     Returns:
-      ([B, T, D] output, [B, T, C + R] cache entries).
+      ([B, T, D] output, [B, T, L] cache entries).
     """
     c, dtype = self.config, x.dtype
     q_nope, q_rope = self._queries(x, seq.positions)
@@ -113,14 +133,17 @@ class MLA(nn.Module):
     k_nope = jnp.einsum("bsc,chk->bshk", latent, self.w_uk.astype(dtype))
     v = jnp.einsum("bsc,chv->bshv", latent, self.w_uv.astype(dtype))
     rope_key = jnp.broadcast_to(rope_key[:, :, None], (*k_nope.shape[:3], c.rope_dim))
-    out = ops.attention(
+    out, _ = ops.attention(
       jnp.concatenate([q_nope, q_rope], axis=-1),
       jnp.concatenate([k_nope, rope_key], axis=-1),
       v,
-      seq.mask,
+      seq.segments,
+      seq.segments,
       scale=attention_scale(c),
+      implementation=c.implementation,
     )
-    return jnp.einsum("bthv,hvd->btd", out, self.w_o.astype(dtype)), entries
+    out = jnp.einsum("bthv,hvd->btd", out, self.w_o.astype(dtype))
+    return out, self._stored(entries)
 
   def decode(
     self,
@@ -135,8 +158,8 @@ class MLA(nn.Module):
     Args:
       x: [B, G, D].
       at: where the tokens stand.
-      prefix: [B, P, C + R], this layer's prompt cache.
-      suffix: [N, B, G, S, C + R], all layers' caches of the rows' own tokens.
+      prefix: [N, B, P, L], all layers' prompt caches.
+      suffix: [N, B, G, S, L], and those of the rows' own tokens.
       layer: [] int32, which of the N.
 
     Returns:
@@ -144,15 +167,15 @@ class MLA(nn.Module):
     """
     c, dtype = self.config, x.dtype
     q_nope, q_rope = self._queries(x, at.positions)
-    entry = self._entries(x, at.positions)
-    suffix = jax.lax.dynamic_update_slice(
-      suffix, entry[None, :, :, None], (layer, 0, 0, at.slot, 0)
-    )
-    own = jax.lax.dynamic_index_in_dim(suffix, layer, keepdims=False)
+    suffix = at.written(suffix, layer, self._stored(self._entries(x, at.positions)))
     q_latent = jnp.einsum("bghk,chk->bghc", q_nope, self.w_uk.astype(dtype))
-    q = jnp.concatenate([q_latent, q_rope], axis=-1)
-    out = ops.latent_decode(
-      q, prefix, at.prefix_mask, own, at.slot, scale=attention_scale(c)
+    out = at.attend(
+      jnp.concatenate([q_latent, q_rope], axis=-1),
+      prefix,
+      suffix,
+      layer,
+      config=c,
+      scale=attention_scale(c),
     )
-    out = jnp.einsum("bghc,chv->bghv", out[..., : c.kv_latent], self.w_uv.astype(dtype))
+    out = jnp.einsum("bghc,chv->bghv", out, self.w_uv.astype(dtype))
     return jnp.einsum("bghv,hvd->bgd", out, self.w_o.astype(dtype)), suffix

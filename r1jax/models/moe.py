@@ -142,7 +142,7 @@ class MoE(nn.Module):
     if c.moe == "dense":
       routed = _every_expert(flat, jnp.einsum("ma,mae->me", gates, chosen), *weights)
     else:
-      routed = _sorted_tokens(flat, experts, gates, *weights)
+      routed = _sorted_tokens(flat, experts, gates, *weights, c.implementation)
     shared = (
       SwiGLU(c, c.shared_experts * f, name="shared")(flat) if c.shared_experts else 0.0
     )
@@ -171,15 +171,18 @@ def _every_expert(x, gates, w_gate, w_up, w_down):
   return hidden.reshape(-1, e * f) @ w_down.reshape(e * f, d)
 
 
-def _sorted_tokens(x, experts, gates, w_gate, w_up, w_down):
+def _sorted_tokens(x, experts, gates, w_gate, w_up, w_down, implementation):
   """Tokens sorted by expert, one grouped product a matrix; no token is dropped."""
   active = experts.shape[1]
   order = jnp.argsort(experts.reshape(-1), stable=True)
   sizes = jnp.bincount(experts.reshape(-1), length=w_gate.shape[0]).astype(jnp.int32)
   rows = x[order // active]
-  hidden = jax.nn.silu(ops.grouped_matmul(rows, w_gate, sizes))
-  hidden = hidden * ops.grouped_matmul(rows, w_up, sizes)
-  out = ops.grouped_matmul(hidden, w_down, sizes)
+
+  def product(rows, w):
+    return ops.grouped_matmul(rows, w, sizes, implementation=implementation)
+
+  hidden = jax.nn.silu(product(rows, w_gate)) * product(rows, w_up)
+  out = product(hidden, w_down)
   out = out * gates.reshape(-1)[order].astype(x.dtype)[:, None]
   return jnp.zeros_like(x).at[order // active].add(out)
 

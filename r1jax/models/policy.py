@@ -21,7 +21,7 @@ from r1jax.models.moe import MoE
 class Forward:
   hidden: jax.Array  # B T D, after the final norm
   trunk: jax.Array  # B T D, before it (the MTP module's input)
-  cache: jax.Array  # N B T C+R, or another config.latent
+  cache: jax.Array  # N B T L, of the entries' layout config.cache
   load: dict  # {stack of MoE layers: [layers, E] float32}
   balance: jax.Array  # B float32, the sequence-wise balance loss, summed over layers
   experts: jax.Array | None  # N B T A int32, the router's choice in the N MoE layers
@@ -36,8 +36,8 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, carry, prefix, layer, replay, at):
     """Args:
-      carry: (x, suffix): suffix [N, B, G, S, C + R] is None for a whole sequence.
-      prefix: this layer's prompt cache [B, P, C + R], None for a whole sequence.
+      carry: (x, suffix): suffix [N, B, G, S, L] is None for a whole sequence.
+      prefix: all layers' prompt caches [N, B, P, L], None for a whole sequence.
       layer: [] int32, the layer's number.
       replay: this layer's experts to use [B, T, A], None for the router's choice.
       at: a Sequence or a DecodeStep.
@@ -73,7 +73,7 @@ def _stack(config: PolicyConfig, moe: bool, length: int) -> nn.Module:
     block,
     variable_axes={"params": 0, "router": 0},
     split_rngs={"params": True},
-    in_axes=(0, 0, 0, nn.broadcast),
+    in_axes=(nn.broadcast, 0, 0, nn.broadcast),
     length=length,
     metadata_params={nn.PARTITION_NAME: "layers"},
   )(config, moe)
@@ -129,10 +129,9 @@ class Policy(nn.Module):
       n = getattr(self.config, name)
       if not n:
         continue
-      part = None if prefix is None else prefix[start : start + n]
       layer = jnp.arange(start, start + n)
       chosen = replay if name == "moe_layers" else None
-      carry, (entries, routed) = getattr(self, name)(carry, part, layer, chosen, at)
+      carry, (entries, routed) = getattr(self, name)(carry, prefix, layer, chosen, at)
       caches.append(entries)
       if routed is not None:
         routing[name] = routed
@@ -171,8 +170,8 @@ class Policy(nn.Module):
     Args:
       tokens: [B, G] int32.
       at: where they stand.
-      prefix: [N, B, P, C + R], the prompts' cache, shared by the G rows of a group.
-      suffix: [N, B, G, S, C + R], the rows' own cache.
+      prefix: [N, B, P, L], the prompts' cache, shared by the G rows of a group.
+      suffix: [N, B, G, S, L], the rows' own cache.
 
     Returns:
       (hidden [B, G, D], suffix with the tokens' entries written at `at.slot`, experts

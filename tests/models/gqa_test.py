@@ -155,10 +155,13 @@ def test_llama3_frequencies_are_those_of_the_published_rule():
 def test_query_heads_share_the_key_head_of_their_group():
   rng = np.random.default_rng(1)
   q, k = rng.normal(size=(2, 5, 6, 4)), rng.normal(size=(2, 7, 3, 4))
-  v, mask = rng.normal(size=(2, 7, 3, 2)), rng.random((2, 5, 7)) < 0.6
-  mask[..., 0] = True
+  v = rng.normal(size=(2, 7, 3, 2))
+  q_segments, k_segments = rng.integers(1, 3, (2, 5)), rng.integers(0, 3, (2, 7))
+  k_segments[:, :2] = 1, 2
+  mask = q_segments[:, :, None] == k_segments[:, None]
   q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
-  got = ops.attention(q, k, v, jnp.asarray(mask), scale=0.3)
+  segments = jnp.asarray(q_segments), jnp.asarray(k_segments)
+  got, _ = ops.attention(q, k, v, *segments, scale=0.3, causal=False)
   for h in range(6):
     scores = np.einsum("btd,bsd->bts", q[:, :, h], k[:, :, h // 2]) * 0.3
     p = np.where(mask, np.exp(scores), 0.0)
@@ -185,15 +188,15 @@ def test_decoding_on_a_shared_prefix_equals_the_full_pass(random_weights):
   _, prefix = logits_of(
     EVERYTHING, params, jnp.asarray(tokens), Sequence.of_mask(jnp.asarray(mask))
   )
-  assert prefix.shape == (c.layers, 3, 5, c.latent) == (2, 3, 5, 2 * 2 * 6)
+  assert prefix.shape == (c.layers, 3, 5, c.cache.width) == (2, 3, 5, 2 * 2 * 6)
   # What is not written yet must not count.
-  suffix = jnp.full((c.layers, 3, group, length, c.latent), 1e3)
+  suffix = jnp.full((c.layers, 3, group, length, c.cache.width), 1e3)
   got = []
   for t in range(length):
     places = np.repeat(mask.sum(1)[:, None] + t, group, axis=1)
     at = DecodeStep(
       positions=jnp.asarray(places, jnp.int32),
-      prefix_mask=jnp.asarray(mask),
+      prefix_starts=jnp.asarray(5 - mask.sum(1), jnp.int32),
       slot=jnp.asarray(t, jnp.int32),
     )
     logits, suffix = decode(params, jnp.asarray(own[:, :, t]), at, prefix, suffix)

@@ -1,0 +1,133 @@
+"""The experts' product and its backward products on a GPU, through Triton.
+
+A block of rows may hold the end of one group and the start of the next. So the list of
+visits names every pair of a block and a group that touch, at most blocks + groups - 1;
+a program serves one visit and stores the rows of its group alone.
+"""
+
+import functools
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+import jax.numpy as jnp
+
+from r1jax.kernels.triton_blocks import check_width, dot
+
+ROWS, INNER, OUTER = 64, 64, 128  # of a tile
+
+
+def visits(sizes: jax.Array, rows: int, block: int) -> tuple[jax.Array, jax.Array]:
+  """([E + 1] first row of every group and the last's end, [2, V] int32 (block, group)
+  of
+  every visit). Visits that are too many have the number of groups for a group."""
+  groups = sizes.shape[0]
+  ends = jnp.cumsum(sizes)
+  starts = jnp.concatenate([jnp.zeros(1, sizes.dtype), ends])
+  first = starts[:-1] // block
+  count = jnp.where(sizes > 0, (ends + block - 1) // block - first, 0)
+  before = jnp.cumsum(count)
+  number = jnp.arange(rows // block + groups, dtype=jnp.int32)
+  group = jnp.searchsorted(before, number, side="right").astype(jnp.int32)
+  safe = jnp.minimum(group, groups - 1)
+  at = first[safe] + number - (before[safe] - count[safe])
+  at = jnp.clip(at, 0, rows // block - 1)
+  return starts.astype(jnp.int32), jnp.stack([at, group]).astype(jnp.int32)
+
+
+def _product_kernel(
+  starts_ref, visits_ref, x_ref, w_ref, zero_ref, out_ref, *, groups, transposed
+):
+  """x M D, w E D F, or E F D if transposed, out M F (aliased with zero)."""
+  del zero_ref
+  visit, column = pl.program_id(0), pl.program_id(1)
+  block, group = visits_ref[0, visit], visits_ref[1, visit]
+
+  @pl.when(group < groups)
+  def _():
+    rows, columns = pl.ds(block * ROWS, ROWS), pl.ds(column * OUTER, OUTER)
+
+    def body(n, acc):
+      inner = pl.ds(n * INNER, INNER)
+      if transposed:
+        return acc + dot(x_ref[rows, inner], w_ref[group, columns, inner].T)
+      return acc + dot(x_ref[rows, inner], w_ref[group, inner, columns])
+
+    acc = jnp.zeros((ROWS, OUTER), jnp.float32)
+    acc = jax.lax.fori_loop(0, x_ref.shape[1] // INNER, body, acc)
+    row = block * ROWS + jnp.arange(ROWS)
+    mine = (row >= starts_ref[group]) & (row < starts_ref[group + 1])
+    mine = jnp.broadcast_to(mine[:, None], acc.shape)
+    plgpu.store(out_ref.at[rows, columns], acc.astype(out_ref.dtype), mask=mine)
+
+
+def _outer_kernel(starts_ref, x_ref, grad_ref, out_ref):
+  """x M D, grad M F, out E D F."""
+  group, a, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+  start, stop = starts_ref[group], starts_ref[group + 1]
+  inner, outer = pl.ds(a * INNER, INNER), pl.ds(b * OUTER, OUTER)
+
+  def body(n, acc):
+    row = n * ROWS + jnp.arange(ROWS)
+    mine = (row >= start) & (row < stop)
+    x = x_ref[pl.ds(n * ROWS, ROWS), inner]
+    x = jnp.where(mine[:, None], x, 0).astype(x.dtype)
+    return acc + dot(x.T, grad_ref[pl.ds(n * ROWS, ROWS), outer])
+
+  acc = jnp.zeros((INNER, OUTER), jnp.float32)
+  last = jnp.where(stop > start, jax.lax.div(stop + ROWS - 1, ROWS), 0)
+  acc = jax.lax.fori_loop(jax.lax.div(start, ROWS), last, body, acc)
+  out_ref[group, inner, outer] = acc.astype(out_ref.dtype)
+
+
+def _filled(x, *sides):
+  """The last axes filled up with zeros to multiples of sides."""
+  axes = x.ndim - len(sides)
+  fill = [(0, -n % side) for n, side in zip(x.shape[axes:], sides, strict=True)]
+  return jnp.pad(x, [(0, 0)] * axes + fill)
+
+
+def product(
+  x: jax.Array, w: jax.Array, sizes: jax.Array, *, transposed: bool, interpret: bool
+) -> jax.Array:
+  """[M, D], [E, D, F] or its transposes [E, F, D], [E] -> [M, F]; rows of no group
+  are 0."""
+  (m, d), groups = x.shape, w.shape[0]
+  f = w.shape[1] if transposed else w.shape[2]
+  check_width(d)
+  check_width(f)
+  x = _filled(x, ROWS, INNER)
+  w = _filled(w, OUTER, INNER) if transposed else _filled(w, INNER, OUTER)
+  columns = w.shape[1] if transposed else w.shape[2]
+  starts, pairs = visits(sizes, x.shape[0], ROWS)
+  zero = jnp.zeros((x.shape[0], columns), x.dtype)
+  out = pl.pallas_call(
+    functools.partial(_product_kernel, groups=groups, transposed=transposed),
+    grid=(pairs.shape[1], columns // OUTER),
+    out_shape=jax.ShapeDtypeStruct(zero.shape, zero.dtype),
+    input_output_aliases={4: 0},
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+    interpret=interpret,
+    name="grouped_matmul",
+  )(starts, pairs, x, w, zero)
+  return out[:m, :f]
+
+
+def outer_product(
+  x: jax.Array, grad: jax.Array, sizes: jax.Array, *, interpret: bool
+) -> jax.Array:
+  """[M, D], [M, F], [E] -> [E, D, F]: every group's x^T grad."""
+  (_, d), f = x.shape, grad.shape[1]
+  x, grad = _filled(x, ROWS, INNER), _filled(grad, ROWS, OUTER)
+  ends = jnp.cumsum(sizes)
+  starts = jnp.concatenate([jnp.zeros(1, sizes.dtype), ends]).astype(jnp.int32)
+  groups, inner, outer = sizes.shape[0], x.shape[1], grad.shape[1]
+  out = pl.pallas_call(
+    _outer_kernel,
+    grid=(groups, inner // INNER, outer // OUTER),
+    out_shape=jax.ShapeDtypeStruct((groups, inner, outer), x.dtype),
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+    interpret=interpret,
+    name="grouped_matmul_dw",
+  )(starts, x, grad)
+  return out[:, :d, :f]

@@ -1,0 +1,79 @@
+"""Compiling for devices that this machine does not have.
+
+A TPU's compiler is the libtpu wheel (`pip install "jax[tpu]"`, Linux x86-64), a GPU's
+is in JAX's CUDA plugin (`pip install "jax[cuda13]"`); neither needs the device.
+"""
+
+from collections.abc import Callable
+import os
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from r1jax import sharding
+from r1jax.errors import UserError
+
+# What XLA asks of a GPU (tensorflow's and JAX's GpuTargetConfigProto).
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 1 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def devices(topology: str) -> list[jax.Device]:
+  """Devices of a TPU topology such as "v5p:2x2x1" (the least), or of "h100".
+
+  Raises:
+    UserError: the compiler for it is not installed, or there is no such topology.
+  """
+  try:
+    if topology == "h100":
+      found = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", target_config=H100, topology="1x1x1"
+      )
+    else:
+      # No metadata server is asked, and several processes may compile.
+      os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+      os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+      os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+      found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+  except Exception as error:  # the plugins raise whatever they like
+    raise UserError(
+      f"topology={topology!r} cannot be compiled for here: {str(error)[:300]} A TPU's"
+      ' needs pip install "jax[tpu]", and is named as in v5p:2x2x1; h100 needs'
+      ' "jax[cuda13]".'
+    ) from error
+  return list(found.devices)
+
+
+def compile_for(
+  topology: str, function: Callable, *specs: Any, **options: Any
+) -> jax.stages.Compiled:
+  """The program for one device of a topology.
+
+  Args:
+    topology: see `devices`.
+    function: of arrays.
+    specs: trees of jax.ShapeDtypeStruct, its arguments.
+    options: of jax.jit.
+  """
+  mesh = sharding.make_mesh((1, 1, 1), devices(topology)[:1])
+  here = sharding.replicated(mesh)
+  specs = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), specs
+  )
+  platform = "cuda" if topology == "h100" else "tpu"
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    traced = jax.jit(function, **options).trace(*specs)
+    return traced.lower(lowering_platforms=(platform,)).compile()
