@@ -5,6 +5,7 @@
   python -m experiments.bench algorithms --json     # the last line is one JSON object
   python -m experiments.bench algorithms --write    # and puts the table into the docs
   python -m experiments.bench rewards               # verdicts a second, on the host
+  python -m experiments.bench kernels               # for a TPU or on a GPU
 
 A stopped benchmark of algorithms goes on where it was. Exit codes: 0 done, 2 a mistake
 in the command, 130 stopped by Ctrl-C, 1 anything else.
@@ -14,10 +15,10 @@ import argparse
 import json
 import sys
 
-from experiments.benches import algorithms, rewards
+from experiments.benches import algorithms, kernels, rewards
 from r1jax.errors import UserError
 
-BENCHES = {"algorithms": algorithms, "rewards": rewards}
+BENCHES = {"algorithms": algorithms, "kernels": kernels, "rewards": rewards}
 
 
 def main(argv: list[str]) -> None:

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from r1jax import diagnostics, sft
+from r1jax import diagnostics, sft, vocabulary
 from r1jax.errors import UserError
 from r1jax.experience import shuffled
 from r1jax.grpo import ROLLOUT, SHUFFLE, key_of
 from r1jax.models import moe
 from r1jax.models.mla import Sequence
-from r1jax.models.policy import Policy, token_logprobs
+from r1jax.models.policy import Policy
 from r1jax.optimizer import accumulate, descend
 from r1jax.prompts import PromptBatch
 from r1jax.rollout import Rollout, sample
@@ -137,14 +137,14 @@ def divergence(
   return c.beta * kl(t, m) + (1 - c.beta) * kl(s, m)
 
 
-def next_logits(
+def next_hidden(
   policy: Policy, params: Any, router: Any, pages: Pages
 ) -> tuple[jax.Array, dict]:
-  """([B, W - 1, V] float32 logits of the tokens 1..W-1, load by stack)."""
+  """([B, W - 1, D] what tells the tokens 1..W-1, load by stack)."""
   variables = {"params": params, "router": router}
   seq = Sequence(positions=sft.positions(pages.segments), segments=pages.segments)
   out = policy.apply(variables, pages.tokens, seq)
-  return policy.apply(variables, out.hidden[:, :-1], method="logits"), out.load
+  return out.hidden[:, :-1], out.load
 
 
 def loss_fn(
@@ -173,18 +173,29 @@ def loss_fn(
     estimates the reverse KL by the sampled tokens alone.
   """
   with jax.named_scope("teacher"):
-    wanted, _ = next_logits(teacher_policy, *teacher, pages)
-    wanted = jax.lax.stop_gradient(wanted)
-  logits, load = next_logits(student, params, router, pages)
+    theirs, _ = next_hidden(teacher_policy, *teacher, pages)
+    theirs = jax.lax.stop_gradient(theirs)
+  mine, load = next_hidden(student, params, router, pages)
   targets, tokens = sft.targets_ahead(pages, 1), pages.tokens[:, 1:]
+  variables = {"params": params, "router": router}
+  of_teacher = dict(zip(("params", "router"), teacher, strict=True))
 
-  def mean(x):
-    return jnp.where(targets, x, 0.0).sum() / jnp.maximum(count, 1)
+  def compared(x):
+    mine, theirs, tokens = x
+    logits = student.apply(variables, mine, method="logits")
+    wanted = teacher_policy.apply(of_teacher, theirs, method="logits")
+    wanted = jax.lax.stop_gradient(wanted)
+    return {
+      "divergence": divergence(logits, wanted, config),
+      "nll": -vocabulary.token_logprobs(logits, tokens),
+      "teacher_nll": -vocabulary.token_logprobs(wanted, tokens),
+    }
 
+  chunk = vocabulary.positions_at_a_time(*tokens.shape, 2 * student.config.vocab)
+  found = vocabulary.over_chunks(compared, (mine, theirs, tokens), chunk)
   metrics = {
-    "divergence": mean(divergence(logits, wanted, config)),
-    "nll": mean(-token_logprobs(logits, tokens)),
-    "teacher_nll": mean(-token_logprobs(wanted, tokens)),
+    name: jnp.where(targets, x, 0.0).sum() / jnp.maximum(count, 1)
+    for name, x in found.items()
   }
   a = config.alpha
   loss = a * metrics["divergence"] + (1 - a) * metrics["nll"]
@@ -204,7 +215,7 @@ def logit_step(
   """One update on packed traces; a batch without targets changes no weight and no bias.
 
   The teacher reads a micro-batch just before the student does, so no more of its logits
-  than that are ever held: [B / micro_batches, W - 1, V].
+  than that are ever held: [B / micro_batches, W - 1, V], or less (vocabulary.py).
 
   Args:
     state: the student's.

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from r1jax import sharding
-from r1jax import support as supports
 from r1jax.dynamic_sampling import Slots
 from r1jax.errors import UserError
 from r1jax.models.mla import Sequence
-from r1jax.models.policy import Forward, Policy, token_logprobs
+from r1jax.models.policy import Forward, Policy
 from r1jax.objective import Objective
 from r1jax.prompts import PromptBatch
 from r1jax.rewards import in_graph
@@ -80,9 +79,15 @@ def completion_logprobs(
   variables = {"params": params, "router": router}
   out = policy.apply(variables, tokens, seq, experts)
   hidden = out.hidden[:, length - 1 : -1]
-  logits = policy.apply(variables, hidden, method="logits") / temperature
-  logits = supports.restrict(logits, rows.support)
-  return token_logprobs(logits, rows.completions), out
+  logprobs, _ = policy.apply(
+    variables,
+    hidden,
+    rows.completions,
+    rows.support,
+    temperature=temperature,
+    method="token_statistics",
+  )
+  return logprobs, out
 
 
 def rows_of(prompts: PromptBatch, rollout: Rollout) -> Rows:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from r1jax.experience import Rows, sequences
 from r1jax.models import moe
-from r1jax.models.policy import Forward, Policy, token_logprobs
+from r1jax.models.policy import Forward, Policy
 
 
 def auxiliary_losses(
@@ -74,8 +74,9 @@ def mtp_nll(
   trunk = jax.lax.stop_gradient(out.trunk)
   hidden, load = policy.apply(variables, trunk, tokens, seq, method="mtp")
   # Position i predicts token i + 2; the first P + T - 2 positions have such a token.
-  logits = policy.apply(variables, hidden[:, :-2], method="logits")
-  logprobs = token_logprobs(logits, tokens[:, 2:])
+  logprobs, _ = policy.apply(
+    variables, hidden[:, :-2], tokens[:, 2:], method="token_statistics"
+  )
   targets = jnp.concatenate([jnp.zeros_like(rows.prompt_mask), rows.mask], axis=1)
   seen = (seq.segments[:, :-2] > 0) & targets[:, 2:]
   return -jnp.where(seen, logprobs, 0.0).sum(), load

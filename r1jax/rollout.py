@@ -12,10 +12,10 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from r1jax import ops, sharding
+from r1jax import ops, sharding, vocabulary
 from r1jax import support as supports
 from r1jax.models.mla import DecodeStep, Sequence
-from r1jax.models.policy import Policy, token_logprobs
+from r1jax.models.policy import Policy
 from r1jax.prompts import PromptBatch
 
 
@@ -163,8 +163,8 @@ def advance(
       logits = supports.restrict(logits, packed)
     drawn = draw(logits, c.t)
     token = jnp.where(c.done, pad_id, drawn)
-    logprob = jnp.where(c.done, 0.0, token_logprobs(logits, drawn))
-    entropy = jnp.where(c.done, 0.0, logits_entropy(logits))
+    logprob = jnp.where(c.done, 0.0, vocabulary.token_logprobs(logits, drawn))
+    entropy = jnp.where(c.done, 0.0, vocabulary.entropy(logits))
 
     def put(buffer, column):
       return jax.lax.dynamic_update_slice(buffer, column[..., None], (0, 0, c.t))
@@ -283,9 +283,3 @@ def sample(
     earlier=earlier,
   )
   return finish(carry)
-
-
-def logits_entropy(logits: jax.Array) -> jax.Array:
-  """-sum p log p in nats. Args: logits [..., V] float32."""
-  logp = jax.nn.log_softmax(logits, axis=-1)
-  return -jnp.sum(jnp.exp(logp) * logp, axis=-1)

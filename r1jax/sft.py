@@ -13,7 +13,7 @@ import optax
 
 from r1jax.models import moe
 from r1jax.models.mla import Sequence
-from r1jax.models.policy import Policy, token_logprobs
+from r1jax.models.policy import Policy
 from r1jax.optimizer import OptimizerConfig, accumulate, descend
 from r1jax.train_state import TrainState
 
@@ -76,8 +76,9 @@ def loss_fn(
   load = out.load
 
   def nll(hidden, ahead):
-    logits = policy.apply(variables, hidden[:, :-ahead], method="logits")
-    logprobs = token_logprobs(logits, pages.tokens[:, ahead:])
+    logprobs, _ = policy.apply(
+      variables, hidden[:, :-ahead], pages.tokens[:, ahead:], method="token_statistics"
+    )
     total = jnp.where(targets_ahead(pages, ahead), logprobs, 0.0).sum()
     return -total / jnp.maximum(counts[ahead - 1], 1)
 

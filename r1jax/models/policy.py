@@ -9,7 +9,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from r1jax import sharding
+from r1jax import sharding, vocabulary
 from r1jax.models.config import PolicyConfig
 from r1jax.models.gqa import GQA
 from r1jax.models.layers import RMSNorm, SwiGLU, weight
@@ -183,11 +183,29 @@ class Policy(nn.Module):
     moe = routing.get("moe_layers")
     return self.final_norm(x), suffix, None if moe is None else moe.experts
 
+  def _head(self, dtype: jnp.dtype) -> jax.Array:
+    """[D, V]."""
+    head = self.embedding.T if self.config.tied_embeddings else self.head
+    return head.astype(dtype)
+
   def logits(self, hidden: jax.Array) -> jax.Array:
     """[..., D] -> [..., V] float32."""
-    head = self.embedding.T if self.config.tied_embeddings else self.head
-    head = head.astype(hidden.dtype)
+    head = self._head(hidden.dtype)
     return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.float32)
+
+  def token_statistics(
+    self,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    support: jax.Array | None = None,
+    *,
+    temperature: float = 1.0,
+  ) -> tuple[jax.Array, jax.Array]:
+    """(log-probabilities of the tokens, entropies): vocabulary.token_statistics."""
+    head = self._head(hidden.dtype)
+    return vocabulary.token_statistics(
+      hidden, head, tokens, support, temperature=temperature
+    )
 
   def mtp(
     self, trunk: jax.Array, tokens: jax.Array, seq: Sequence
@@ -226,9 +244,3 @@ def init(policy: Policy, key: jax.Array) -> tuple[dict, dict]:
   seq = Sequence(positions=tokens, segments=jnp.ones_like(tokens))
   variables = policy.init(key, tokens, seq)
   return variables["params"], variables.get("router", {})
-
-
-def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-  """log softmax(logits)[tokens], float32. Args: logits [..., V], tokens [...]."""
-  picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-  return picked - jax.nn.logsumexp(logits, axis=-1)
