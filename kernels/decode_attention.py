@@ -148,5 +148,7 @@ def part(
     ([R, H, dv] float32, natural log-sum-exp [R, H] float32): 0 and -inf where a row
     sees nothing.
   """
+  # A traced length may lie anywhere: no slot outside the cache is read.
+  starts, stops = (jnp.clip(x, 0, cache.shape[2]) for x in (starts, stops))
   scalars = jnp.reshape(layer, (1,)), rows, starts, stops
   return PART[body](q, cache, *scalars, layout=layout, interpret=interpret, full=full)

@@ -77,14 +77,14 @@ def cases(b, i, j, q_ranges, k_ranges, *, causal, segmented, blocks, step):
     shared = jnp.logical_and(q_low <= k_high, k_low <= q_high)
     some = jnp.logical_and(some, jnp.logical_and(shared, k_high > 0))
     mask = jnp.logical_not(jnp.logical_and(q_low == q_high, k_low == k_high))
-  for diagonal in (False, True) if causal else (False,):
-    for by_segment in (False, True) if segmented else (False,):
-      now = some
-      if causal:
-        now = jnp.logical_and(now, jnp.logical_not(below) if diagonal else below)
-      if segmented:
-        now = jnp.logical_and(now, mask if by_segment else jnp.logical_not(mask))
-      pl.when(now)(functools.partial(step, diagonal, by_segment))
+  if causal:  # few blocks: they are masked by segments as well
+    on = jnp.logical_and(some, jnp.logical_not(below))
+    pl.when(on)(functools.partial(step, True, segmented))
+    some = jnp.logical_and(some, below)
+  if segmented:
+    pl.when(jnp.logical_and(some, mask))(functools.partial(step, False, True))
+    some = jnp.logical_and(some, jnp.logical_not(mask))
+  pl.when(some)(functools.partial(step, False, False))
 
 
 def chunks(blocks: Blocks, diagonal: bool) -> list[tuple[int, int]]:

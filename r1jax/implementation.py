@@ -18,10 +18,15 @@ from typing import Any
 import jax
 
 from r1jax import sharding
+from r1jax.errors import UserError
 
 NAMES = ("auto", "xla", "mosaic", "triton")
 PLATFORMS = {"tpu": "mosaic", "gpu": "triton", "cuda": "triton"}
 log = logging.getLogger("r1jax.ops")
+
+
+class NotServed(UserError, NotImplementedError):
+  """A kernel was asked for by name and cannot serve the shape; another can."""
 
 
 def platform() -> str:
@@ -57,7 +62,13 @@ def choose(
   if implementation == "xla" or (implementation == "auto" and own is None):
     return definition()
   if implementation != "auto":
-    return kernel(implementation, implementation != own)
+    try:
+      return kernel(implementation, implementation != own)
+    except NotImplementedError as error:
+      raise NotServed(
+        f"implementation={implementation!r} cannot serve this {operation}: {error}. Use"
+        " 'auto' or 'xla' (config.model.implementation)."
+      ) from error
   try:
     return kernel(own, False)
   except NotImplementedError as error:

@@ -278,7 +278,7 @@ def _decode(
   )[:, :, None, None]
   q = q.reshape(b, g, h, heads // h, d)
   f32 = dict(preferred_element_type=jnp.float32)
-  if h == 1:  # keys and values are the whole entry: nothing is sliced, and copied
+  if layout.value_start == 0:  # MLA: nothing of an entry is sliced, and copied
     keys = values = [x[..., None, :] for x in caches]
     q = jnp.pad(q, [(0, 0)] * 4 + [(0, layout.width - d)])
   else:

@@ -80,9 +80,10 @@ def attention(t: int, heads: int, d: int, dv: int, kernel: str, repeats: int) ->
   for name in functions:
     both, one = ms.pop(f"{name}_both"), ms[f"{name}_forward"]
     ms[f"{name}_backward"] = both and one and both - one
-  flops = b * heads * t * t * (d + dv)
+  pairs = b * heads * t * t
   found = {"kernel": "attention", "shape": f"B {b}, T {t}, heads {heads}, {d}/{dv}"}
-  for part, work in (("forward", flops), ("backward", flops * 2.5)):
+  works = {"forward": pairs * (d + dv), "backward": pairs * (3 * d + 2 * dv)}
+  for part, work in works.items():
     mine = ms[f"{kernel}_{part}"]
     found |= {
       f"{part}_ms": mine,

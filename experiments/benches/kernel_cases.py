@@ -69,8 +69,8 @@ def attention(
     return Case(
       name, shape, forward, specs, forward_flops, moved, "", "mla_attention_forward"
     )
-  # dP, dV, dS^T q and dS k beside the scores made again.
-  flops = heads * t * t * (3 * d + 2 * dv)
+  # The forward pass, the scores again, dP, dV, dS^T q and dS k.
+  flops = forward_flops + heads * t * t * (3 * d + 2 * dv)
   return Case(
     name,
     shape,
@@ -164,7 +164,7 @@ MLA, GQA = ops.Layout.mla(512, 64), ops.Layout.gqa(4, 128)
 # Heads are independent programs of equal length: two stand for 128, one a core.
 CASES = [
   attention("mla_forward", 8192, 2, 2, 192, 128),
-  attention("mla_backward", 8192, 2, 2, 192, 128, backward=True),
+  attention("mla_both_passes", 8192, 2, 2, 192, 128, backward=True),
   attention("gqa_forward", 8192, 4, 2, 128, 128),
   attention("gqa64_forward", 8192, 4, 2, 64, 64),
   decode("mla_decode", 8, 8192, 128, MLA),

@@ -6,15 +6,17 @@ and the memory allow at best. Without a GPU its figures are "not measured".
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
+import pathlib
+import platform
 import subprocess
 import sys
 
 import jax
 import rich.console
 import rich.progress
-import rich.table
 
 from experiments.benches import gpu_times, kernel_cases
 from r1jax.errors import UserError
@@ -23,6 +25,8 @@ from r1jax.kernels import grouped_matmul
 # One v5p: bfloat16 FLOP/s, bytes/s, cycles/s.
 FLOPS, BANDWIDTH, CLOCK = 459e12, 2.76e12, 1.75e9
 NOT_MEASURED = "not measured"
+DOCS = pathlib.Path(__file__).parents[2] / "docs" / "kernels.md"
+BEGIN, END = "<!-- kernels: begin -->\n", "<!-- kernels: end -->\n"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,15 +36,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--only", default="", help="names of cases, with commas between; empty: all"
   )
+  parser.add_argument(
+    "--write", action="store_true", help="also put the tables into docs/kernels.md"
+  )
 
 
 def run(options: argparse.Namespace) -> dict:
   """Measures, prints the tables, returns all figures.
 
   Raises:
-    UserError: a name is no case's.
+    UserError: a name is no case's, or a part would be written as the whole.
   """
   cases = chosen(options.only)
+  if options.write and options.only:
+    raise UserError("--write puts all cases into the docs; leave out --only.")
   rows, columns = [], rich.progress.Progress.get_default_columns()
   console = rich.console.Console(stderr=True)
   with rich.progress.Progress(*columns, console=console) as progress:
@@ -50,11 +59,23 @@ def run(options: argparse.Namespace) -> dict:
       rows.append(ahead_of_time(case, options.topology))
       progress.advance(task)
   found = {"topology": options.topology, "jax": jax.__version__, "kernels": rows}
+  found |= {"python": platform.python_version(), "libtpu": version("libtpu")}
   found |= headlines(rows) | {"tiles": tiles()}
   on_gpu = jax.default_backend() == "gpu"
   found["gpu"] = gpu_times.run() if on_gpu else NOT_MEASURED
   show(found)
+  if options.write:
+    head, _, rest = DOCS.read_text().partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    DOCS.write_text(head + BEGIN + "\n".join(markdown(found)) + "\n" + END + tail)
   return found
+
+
+def version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return "not installed"
 
 
 def chosen(only: str) -> list[kernel_cases.Case]:
@@ -91,7 +112,11 @@ def ahead_of_time(case: kernel_cases.Case, topology: str) -> dict:
     last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
     return row | {"why_no_cycles": f"{NOT_MEASURED}: {last[:300]}"}
   told = json.loads(done.stdout.splitlines()[-1])
-  row |= {"temp_bytes": told["temp_bytes"], "compile_seconds": told["seconds"]}
+  row |= {
+    "temp_bytes": told["temp_bytes"],
+    "compile_seconds": told["seconds"],
+    "compiled_flops": told["flops"],  # a loop's body counts once
+  }
   ours = {op: n for op, n in told["cycles"].items() if case.kernel in op}
   why = case.no_cycles
   if not why and not topology.startswith("v5p"):
@@ -145,41 +170,50 @@ def tiles() -> list[dict]:
 
 
 def show(found: dict) -> None:
-  table = rich.table.Table(title=f"kernels on {found['topology']}, ahead of time")
-  for name in ("case", "shape", "GFLOP", "MB", "cycles", "of the bound", "temp MB"):
-    table.add_column(name)
+  for text in (*markdown(found), ""):
+    print(text)
+
+
+def markdown(found: dict) -> list[str]:
+  """The tables, line by line."""
+  lines = [
+    f"For {found['topology']}, JAX {found['jax']}, Python {found['python']},"
+    f" libtpu {found['libtpu']}:",
+    "",
+    "| case | shape | GFLOP | MB | cycles | of the matrix unit's bound | temp MB |",
+    "|---|---|---|---|---|---|---|",
+  ]
+  notes = {}
   for row in found["kernels"]:
-    cycles = row["cycles"]
-    bound = f"{row['fraction_of_bound']:.3f}" if cycles else ""
-    if cycles and row["program_cycles"] != cycles:
-      bound += f" ({row['program_fraction_of_bound']:.3f} with layouts)"
-    table.add_row(
-      row["name"],
-      row["shape"],
-      f"{row['flops'] / 1e9:,.0f}",
-      f"{row['bytes'] / 1e6:,.0f}",
-      f"{cycles:,}" if cycles else row["why_no_cycles"],
-      bound,
-      f"{row['temp_bytes'] / 1e6:,.1f}" if "temp_bytes" in row else "",
-    )
-  console = rich.console.Console()
-  console.print(table)
-  table = rich.table.Table(title="the experts' product by tiles, v5p, at the least")
-  for name in ("tiles", "size", "memory_ms", "matrix_ms", "least_ms"):
-    table.add_column(name)
+    cycles, bound = f"[{note(notes, row['why_no_cycles'])}]", ""
+    if row["cycles"]:
+      cycles = f"{row['cycles']:,}"
+      bound = f"{row['fraction_of_bound']:.3f}, with what is around it"
+      bound += f" {row['program_fraction_of_bound']:.3f}"
+    temp = f"{row['temp_bytes'] / 1e6:,.1f}" if "temp_bytes" in row else ""
+    figures = f"{row['flops'] / 1e9:,.0f}", f"{row['bytes'] / 1e6:,.0f}"
+    cells = row["name"], row["shape"], *figures, cycles, bound, temp
+    lines.append("| " + " | ".join(cells) + " |")
+  lines += ["", *(f"[{n}]: {why}." for why, n in notes.items()), ""]
+  lines += [
+    "The experts' product by its tiles, at the least:",
+    "",
+    "| tiles | rows, inner, outer | memory ms | matrix unit ms | least ms |",
+    "|---|---|---|---|---|",
+  ]
   for row in found["tiles"]:
-    figures = [f"{row[k]:.2f}" for k in ("memory_ms", "matrix_ms", "least_ms")]
-    table.add_row(row["tiles"], str(row["size"]), *figures)
-  console.print(table)
+    size = ", ".join(str(n) for n in row["size"])
+    times = [f"{row[k]:.2f}" for k in ("memory_ms", "matrix_ms", "least_ms")]
+    lines.append("| " + " | ".join([row["tiles"], size, *times]) + " |")
   if found["gpu"] == NOT_MEASURED:
-    console.print("On a GPU: not measured (JAX sees none here).")
-    return
-  table = rich.table.Table(title=f"on {jax.devices()[0].device_kind}")
-  for name in ("kernel", "shape", "figures"):
-    table.add_column(name)
+    return [*lines, "", "On a GPU: not measured."]
+  lines += ["", f"On {jax.devices()[0].device_kind}:", ""]
   for row in found["gpu"]:
-    figures = [
-      f"{k} {v:.3g}" for k, v in row.items() if isinstance(v, float) and v is not None
-    ]
-    table.add_row(row["kernel"], row["shape"], ", ".join(figures))
-  console.print(table)
+    figures = [f"{k} {v:.3g}" for k, v in row.items() if isinstance(v, float)]
+    lines.append(f"* {row['kernel']}, {row['shape']}: {', '.join(figures)}")
+  return lines
+
+
+def note(notes: dict[str, int], why: str) -> int:
+  """The number of a reason, a new one if it has none yet."""
+  return notes.setdefault(why, len(notes) + 1)

@@ -2,8 +2,9 @@
 
   python -m experiments.benches.static_cycles CASE TOPOLOGY
 
-The last line is JSON: {"seconds", "temp_bytes", "cycles": {op: cycles}}. The flag for
-cycles must be set before the compiler is loaded; on some copies it ends the process.
+The last line is JSON: {"seconds", "temp_bytes", "flops", "cycles": {op: cycles}}. The
+flag for cycles must be set before the compiler is loaded; on some copies it ends the
+process.
 """
 
 import json
@@ -38,6 +39,7 @@ def main(name: str, topology: str) -> None:
       {
         "seconds": seconds,
         "temp_bytes": memory.temp_size_in_bytes,
+        "flops": compiled.cost_analysis().get("flops"),  # none with the flag
         "cycles": cycles,
       }
     )

@@ -177,6 +177,7 @@ def model_options(preset: str) -> ConfigDict:
   for size in ("active_experts", "mtp_depth", "kv_heads", "head_dim"):
     m[size] = placeholder(int)
   m.moe = placeholder(str)  # "dense": every expert on every token; "ragged"
+  m.implementation = placeholder(str)  # of attention and experts (docs/kernels.md)
   return m
 
 
