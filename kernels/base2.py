@@ -1,8 +1,8 @@
-"""The softmax of the attention kernels: scores are base-2 logarithms.
+"""The softmax of the attention kernels: exp2 of scores times scale * log2(e).
 
-Queries come scaled by the softmax's scale and by log2(e), so that a probability is one
-exp2. A score that is masked is MASKED, a running maximum starts at FLOOR: no score lies
-below it, and a row that keeps nothing sums to 0 instead of to NaN.
+The factor is applied to float32 scores: queries that were scaled in bfloat16 would be
+rounded twice. A score that is masked is MASKED, a running maximum starts at FLOOR: no
+score lies below it, and a row that keeps nothing sums to 0 instead of to NaN.
 """
 
 import jax
@@ -12,9 +12,12 @@ LOG2E = 1.4426950408889634
 MASKED, FLOOR = -1e30, -1e29  # exp2(MASKED - FLOOR) = 0
 
 
-def scaled(q: jax.Array, scale: float) -> jax.Array:
-  """Queries whose products with keys are base-2 logarithms, in q's dtype."""
-  return (q.astype(jnp.float32) * (scale * LOG2E)).astype(q.dtype)
+def check(dtype: jnp.dtype, *lengths: int) -> None:
+  """Raises NotImplementedError for what no body serves."""
+  if dtype not in (jnp.bfloat16, jnp.float32):
+    raise NotImplementedError(f"arrays are bfloat16 or float32 here, not {dtype}")
+  if 0 in lengths:
+    raise NotImplementedError("there must be tokens and slots here, at least one each")
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -22,13 +25,14 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
   return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def log_sum_exp(high: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(natural log-sum-exp, divisor of a row's sum) of a row's maximum and sum: -inf and
-  1
-  for a row that keeps nothing."""
+def log_sum_exp(
+  high: jax.Array, total: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+  """(natural log-sum-exp, divisor) of rows with these greatest scores and sums; -inf
+  and 1 for a row that keeps nothing."""
   empty = total == 0.0
   total = jnp.where(empty, 1.0, total)
-  return jnp.where(empty, -jnp.inf, (high + jnp.log2(total)) / LOG2E), total
+  return jnp.where(empty, -jnp.inf, high * scale + jnp.log2(total) / LOG2E), total
 
 
 def in_base2(lse: jax.Array) -> jax.Array:

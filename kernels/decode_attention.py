@@ -92,8 +92,7 @@ def decode(
     NotImplementedError: the body cannot serve the shape.
   """
   b, g, heads, d = q.shape
-  q = base2.scaled(q, scale)
-  how = dict(layout=layout, body=body, interpret=interpret)
+  how = dict(layout=layout, scale=scale, body=body, interpret=interpret)
   # `f` samples of a group are one row with f times as many heads: the prefix is read
   # once for them.
   f = max(n for n in range(1, g + 1) if g % n == 0 and n * heads <= max(FOLDED, heads))
@@ -128,27 +127,26 @@ def part(
   stops: jax.Array,
   *,
   layout: Layout,
+  scale: float,
   body: str,
   interpret: bool,
-  full: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention over one cache.
 
   Args:
-    q: [R, H, d], scaled (base2.scaled), the heads of a key head side by side.
+    q: [R, H, d], the heads of a key head side by side.
     cache: [N, M, S, L].
     layer: [] int32, which of the N.
     rows: [R] int32, which of the M each query reads.
     starts, stops: [R] int32; slots starts .. stops - 1 are seen.
-    layout: of an entry.
-    body, interpret: as `decode`'s.
-    full: starts are 0 and stops S, and nobody looks: a kernel without branches.
+    layout, scale, body, interpret: as `decode`'s.
 
   Returns:
     ([R, H, dv] float32, natural log-sum-exp [R, H] float32): 0 and -inf where a row
     sees nothing.
   """
-  # A traced length may lie anywhere: no slot outside the cache is read.
+  # A traced number may be any: nothing outside the cache is read.
   starts, stops = (jnp.clip(x, 0, cache.shape[2]) for x in (starts, stops))
-  scalars = jnp.reshape(layer, (1,)), rows, starts, stops
-  return PART[body](q, cache, *scalars, layout=layout, interpret=interpret, full=full)
+  layer = jnp.clip(jnp.reshape(layer, (1,)), 0, cache.shape[0] - 1)
+  scalars = layer, rows, starts, stops
+  return PART[body](q, cache, *scalars, layout=layout, scale=scale, interpret=interpret)

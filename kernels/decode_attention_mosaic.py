@@ -36,8 +36,7 @@ def fit(slots: int, width: int, dtype: jnp.dtype) -> Blocks:
   Raises:
     NotImplementedError: there are none, or this body cannot serve the dtype.
   """
-  if dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(f"arrays are bfloat16 or float32 here, not {dtype}")
+  base2.check(dtype, slots)
   if slots % LANES:
     raise NotImplementedError(f"slots are a multiple of {LANES} here, not {slots}")
   if width % LANES:
@@ -55,6 +54,11 @@ def _views(layout, heads: int) -> tuple[tuple[View, ...], int, slice]:
   n, aligned = heads // layout.kv_heads, layout.key_width % LANES == 0
   if layout.value_start == 0:  # MLA: the values are the key's first lanes
     values = slice(0, layout.value_width)
+    if layout.value_width > LANES and layout.value_width % LANES:
+      raise NotImplementedError(
+        f"a latent is at most {LANES} wide or a multiple of it here, not"
+        f" {layout.value_width}"
+      )
     return (
       (View(slice(0, heads), slice(0, layout.width), values),),
       layout.width,
@@ -92,11 +96,12 @@ def _kernel(
   *,
   views: tuple[View, ...],
   blocks: Blocks,
+  scale: float,
   full: bool,
 ):
   del layer, rows
   r, j = pl.program_id(0), pl.program_id(1)
-  start, stop = starts[r], stops[r]
+  start, stop, turn = starts[r], stops[r], scale * base2.LOG2E
 
   @pl.when(j == 0)
   def _():
@@ -117,7 +122,7 @@ def _kernel(
       s = jnp.where(keep, s, base2.MASKED)
     before = high[view.rows]
     now = jnp.maximum(before, s.max(axis=1, keepdims=True))
-    p, decay = jnp.exp2(s - wide(now, blocks.chunk)), jnp.exp2(before - now)
+    p, decay = (jnp.exp2(x * turn) for x in (s - wide(now, blocks.chunk), before - now))
     high[view.rows] = now
     total[view.rows] = decay * total[view.rows] + lane_sums(p)
     product = dot(p.astype(entries.dtype), entries, (1, 0))
@@ -142,7 +147,7 @@ def _kernel(
   @pl.when(j == pl.num_programs(1) - 1)
   def _():
     row = total[...].sum(axis=1, keepdims=True)
-    lse, divisor = base2.log_sum_exp(high[...], row)
+    lse, divisor = base2.log_sum_exp(high[...], row, scale)
     out_ref[0] = (acc[...] / divisor).astype(out_ref.dtype)
     lse_ref[0] = lse.T[:1]
 
@@ -156,10 +161,12 @@ def decode(
   stops: jax.Array,
   *,
   layout,
+  scale: float,
   interpret: bool,
-  full: bool,
+  full: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """As decode_attention.part, with layer [1].
+  """As decode_attention.part, with layer [1]. full: every row sees all slots, and
+  nobody looks; a kernel without branches, to be measured.
 
   Raises:
     NotImplementedError: this body cannot serve the shape.
@@ -182,7 +189,7 @@ def decode(
     return layer[0], rows[i], j, 0
 
   out, lse = pl.pallas_call(
-    functools.partial(_kernel, views=views, blocks=blocks, full=full),
+    functools.partial(_kernel, views=views, blocks=blocks, scale=scale, full=full),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
       grid=(r, s // blocks.k),

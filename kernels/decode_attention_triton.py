@@ -30,8 +30,7 @@ def fit(heads: int, slots: int, layout, dtype: jnp.dtype) -> Blocks:
   Raises:
     NotImplementedError: this body cannot serve the shape or the dtype.
   """
-  if dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(f"arrays are bfloat16 or float32 here, not {dtype}")
+  base2.check(dtype, slots)
   check_width(layout.key_width)
   check_width(layout.value_width)
   if slots % 16:
@@ -56,6 +55,7 @@ def _kernel(
   *,
   layout,
   blocks: Blocks,
+  scale: float,
   of_key_head: int,
 ):
   """of_key_head: programs of a key head's query heads."""
@@ -63,7 +63,7 @@ def _kernel(
   layer, row, start, stop = layer_ref[0], rows_ref[r], starts_ref[r], stops_ref[r]
   heads = pl.ds(n * blocks.heads, blocks.heads)
   q = [q_ref[r, heads, part] for part in powers_of_two(layout.key_width)]
-  place = (n // of_key_head) * layout.stride
+  place, turn = (n // of_key_head) * layout.stride, scale * base2.LOG2E
 
   def read(at, first, width):
     return [
@@ -80,7 +80,7 @@ def _kernel(
     seen = (slots >= start) & (slots < stop)
     scores = jnp.where(seen[None], scores, base2.MASKED)
     now = jnp.maximum(high, scores.max(axis=1))
-    p, decay = jnp.exp2(scores - now[:, None]), jnp.exp2(high - now)
+    p, decay = (jnp.exp2(x * turn) for x in (scores - now[:, None], high - now))
     values = read(at, place + layout.value_start, layout.value_width)
     acc = [
       decay[:, None] * a + dot(p.astype(v.dtype), v)
@@ -103,7 +103,7 @@ def _kernel(
   low = first + split * share
   end = jnp.minimum(low + share, first + count)
   high, total, acc = jax.lax.fori_loop(low, end, body, zero)
-  lse, divisor = base2.log_sum_exp(high, total)
+  lse, divisor = base2.log_sum_exp(high, total, scale)
   for part, a in zip(powers_of_two(layout.value_width), acc, strict=True):
     out_ref[r, split, heads, part] = a / divisor[:, None]
   lse_ref[r, split, heads] = lse
@@ -118,15 +118,14 @@ def decode(
   stops: jax.Array,
   *,
   layout,
+  scale: float,
   interpret: bool,
-  full: bool,
 ) -> tuple[jax.Array, jax.Array]:
-  """As decode_attention.part, with layer [1]; `full` changes nothing here.
+  """As decode_attention.part, with layer [1].
 
   Raises:
     NotImplementedError: this body cannot serve the shape.
   """
-  del full
   r, heads, d = q.shape
   n = heads // layout.kv_heads
   blocks = fit(n, cache.shape[2], layout, cache.dtype)
@@ -136,7 +135,11 @@ def decode(
   shape, dv = (r, blocks.splits, layout.kv_heads * whole), layout.value_width
   out, lse = pl.pallas_call(
     functools.partial(
-      _kernel, layout=layout, blocks=blocks, of_key_head=whole // blocks.heads
+      _kernel,
+      layout=layout,
+      blocks=blocks,
+      scale=scale,
+      of_key_head=whole // blocks.heads,
     ),
     grid=(r, shape[2] // blocks.heads, blocks.splits),
     out_shape=[

@@ -12,6 +12,7 @@ import jax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 import jax.numpy as jnp
 
+from r1jax.kernels import base2
 from r1jax.kernels import grouped_matmul_triton as triton
 
 TILE = (
@@ -43,7 +44,9 @@ def grouped_matmul(
   return _forward(x, w, group_sizes, body, interpret)[0]
 
 
-def tiles(rows: int, groups: int, inner: int, outer: int) -> tuple[int, int, int]:
+def tiles(
+  rows: int, groups: int, inner: int, outer: int, dtype: jnp.dtype = jnp.bfloat16
+) -> tuple[int, int, int]:
   """(rows, inner, outer) of a tile: as TILE, less where a group or a side is
   smaller."""
   mean = max(rows // groups, 1)
@@ -52,7 +55,8 @@ def tiles(rows: int, groups: int, inner: int, outer: int) -> tuple[int, int, int
   def side(width, most):
     return min(most, -(-width // 128) * 128)
 
-  return row, side(inner, TILE[1]), side(outer, TILE[2])
+  half = 1 if dtype == jnp.bfloat16 else 2
+  return row, side(inner, TILE[1] // half), side(outer, TILE[2])
 
 
 def _rows(x, side):
@@ -64,7 +68,7 @@ def _product(x, w, sizes, body, interpret, transposed):
   if body == "triton":
     return triton.product(x, w, sizes, transposed=transposed, interpret=interpret)
   inner, outer = w.shape[:0:-1] if transposed else w.shape[1:]
-  tile = tiles(x.shape[0], w.shape[0], inner, outer)
+  tile = tiles(x.shape[0], w.shape[0], inner, outer, x.dtype)
   out = gmm(
     _rows(x, tile[0]),
     w,
@@ -79,8 +83,7 @@ def _product(x, w, sizes, body, interpret, transposed):
 
 
 def _forward(x, w, group_sizes, body, interpret):
-  if x.dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(f"arrays are bfloat16 or float32 here, not {x.dtype}")
+  base2.check(x.dtype, *x.shape, *w.shape)
   out = _product(x, w, group_sizes, body, interpret, transposed=False)
   return out, (x, w, group_sizes)
 
@@ -91,7 +94,7 @@ def _backward(body, interpret, kept, grad):
   if body == "triton":
     dw = triton.outer_product(x, grad, sizes, interpret=interpret)
   else:
-    tile = tiles(x.shape[0], w.shape[0], *w.shape[1:])
+    tile = tiles(x.shape[0], w.shape[0], *w.shape[1:], x.dtype)
     x, grad = _rows(x, tile[0]), _rows(grad, tile[0])
     dw = tgmm(x.T, grad, sizes, w.dtype, tile, interpret=interpret)
   return dx, dw, None

@@ -70,9 +70,12 @@ def _outer_kernel(starts_ref, x_ref, grad_ref, out_ref):
   def body(n, acc):
     row = n * ROWS + jnp.arange(ROWS)
     mine = (row >= start) & (row < stop)
-    x = x_ref[pl.ds(n * ROWS, ROWS), inner]
-    x = jnp.where(mine[:, None], x, 0).astype(x.dtype)
-    return acc + dot(x.T, grad_ref[pl.ds(n * ROWS, ROWS), outer])
+
+    def rows(ref, columns):  # a neighbour's may not even be numbers
+      x = ref[pl.ds(n * ROWS, ROWS), columns]
+      return jnp.where(mine[:, None], x, 0).astype(x.dtype)
+
+    return acc + dot(rows(x_ref, inner).T, rows(grad_ref, outer))
 
   acc = jnp.zeros((INNER, OUTER), jnp.float32)
   last = jnp.where(stop > start, jax.lax.div(stop + ROWS - 1, ROWS), 0)

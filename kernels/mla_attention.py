@@ -92,12 +92,13 @@ def _numbers(segments, like, length):
 def _forward(q, k, v, q_segments, k_segments, causal, scale, body, interpret):
   blocks, t, s, segmented = _plan(q, k, v, q_segments, causal, body)
   out, lse = FORWARD[body](
-    _rows(base2.scaled(q, scale), t),
+    _rows(q, t),
     _rows(k, s),
     _rows(v, s),
     _numbers(q_segments, q, t) if segmented else None,
     _numbers(k_segments, k, s) if segmented else None,
     causal=causal,
+    scale=scale,
     blocks=blocks,
     interpret=interpret,
   )
@@ -114,7 +115,7 @@ def _backward(causal, scale, body, interpret, kept, grads):
   delta = delta - jnp.where(jnp.isfinite(lse), d_lse, 0.0)
   fill = ((0, 0), (0, 0), (0, t - q.shape[1]))
   dq, dk, dv = BACKWARD[body](
-    _rows(base2.scaled(q, scale), t),
+    _rows(q, t),
     _rows(k, s),
     _rows(v, s),
     _numbers(q_segments, q, t) if segmented else None,

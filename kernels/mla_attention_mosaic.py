@@ -35,8 +35,7 @@ def fit(q: tuple, k: tuple, v: tuple, dtype: jnp.dtype) -> Blocks:
   Raises:
     NotImplementedError: this body cannot serve the shape or the dtype.
   """
-  if dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(f"arrays are bfloat16 or float32 here, not {dtype}")
+  base2.check(dtype, q[1], k[1])
   if q[3] > 256 or v[3] > 256:
     raise NotImplementedError(f"heads are at most 256 wide here, not {q[3]} and {v[3]}")
   if v[3] > LANES and v[3] % LANES:
@@ -55,25 +54,29 @@ def _block(length: int, most: int) -> int:
   return max(fits, default=LANES)
 
 
-def ranges(segments: jax.Array | None, like: jax.Array, block: int) -> jax.Array:
-  """[B, 2, T / block] int32: least and greatest segment of every block of like
-  [B, H, T, d]."""
+def ranges(segments: jax.Array | None, block: int) -> jax.Array:
+  """Least and greatest segment of every block of T tokens, int32, as [B (T / block) 2]:
+  scalar memory fills other axes up. Without segments nobody looks.
+  """
   if segments is None:
-    return jnp.ones((like.shape[0], 2, like.shape[2] // block), jnp.int32)
+    return jnp.ones(2, jnp.int32)
   parts = segments.reshape(segments.shape[0], -1, block)
-  return jnp.stack([parts.min(axis=2), parts.max(axis=2)], axis=1)
+  return jnp.stack([parts.min(axis=2), parts.max(axis=2)], axis=2).reshape(-1)
 
 
-def cases(b, i, j, q_ranges, k_ranges, *, causal, segmented, blocks, step):
+def cases(b, i, j, q_ranges, k_ranges, *, grid, causal, segmented, blocks, step):
   """Runs step(diagonal, by_segment), as query block i and key block j need it: with the
-  diagonal's mask, with one by segments; or not at all."""
+  diagonal's mask, with one by segments; or not at all. grid: (query blocks, key
+  blocks) of a row."""
+  q_blocks, k_blocks = grid
   some, mask, below = True, False, True
   if causal:
     some = j * blocks.k <= i * blocks.q + blocks.q - 1
     below = j * blocks.k + blocks.k - 1 <= i * blocks.q
   if segmented:
-    q_low, q_high = q_ranges[b, 0, i], q_ranges[b, 1, i]
-    k_low, k_high = k_ranges[b, 0, j], k_ranges[b, 1, j]
+    q_at, k_at = 2 * (b * q_blocks + i), 2 * (b * k_blocks + j)
+    q_low, q_high = q_ranges[q_at], q_ranges[q_at + 1]
+    k_low, k_high = k_ranges[k_at], k_ranges[k_at + 1]
     shared = jnp.logical_and(q_low <= k_high, k_low <= q_high)
     some = jnp.logical_and(some, jnp.logical_and(shared, k_high > 0))
     mask = jnp.logical_not(jnp.logical_and(q_low == q_high, k_low == k_high))
@@ -121,13 +124,15 @@ def compiler_params() -> pltpu.CompilerParams:
 
 
 def _kernel(
-  q_ranges,  # B 2 T/q
-  k_ranges,  # B 2 S/k
+  q_ranges,  # B T/q 2, flat
+  k_ranges,  # B S/k 2, flat
   q_ref,  # 1 1 q d
   k_ref,  # 1 1 k d
   v_ref,  # 1 1 k dv
   *rest,
+  grid: tuple[int, int],
   causal: bool,
+  scale: float,
   segmented: bool,
   blocks: Blocks,
 ):
@@ -163,8 +168,8 @@ def _kernel(
       s = jnp.where(keep, s, base2.MASKED)
     before = high[first:]
     now = jnp.maximum(before, s.max(axis=1, keepdims=True))
-    p = jnp.exp2(s - wide(now, blocks.chunk))
-    decay = jnp.exp2(before - now)
+    p = jnp.exp2((s - wide(now, blocks.chunk)) * (scale * base2.LOG2E))
+    decay = jnp.exp2((before - now) * (scale * base2.LOG2E))
     high[first:] = now
     total[first:] = decay * total[first:] + lane_sums(p)
     values = v_ref[0, 0, pl.ds(chunk * blocks.chunk, blocks.chunk)]
@@ -179,13 +184,13 @@ def _kernel(
       softmax(s, chunk, first, diagonal, by_segment)
       s = after
 
-  how = dict(causal=causal, segmented=segmented, blocks=blocks, step=step)
-  cases(b, i, j, q_ranges, k_ranges, **how)
+  how = dict(grid=grid, causal=causal, segmented=segmented, blocks=blocks)
+  cases(b, i, j, q_ranges, k_ranges, step=step, **how)
 
   @pl.when(j == pl.num_programs(3) - 1)
   def _():
     row = total[...].sum(axis=1, keepdims=True)
-    lse, divisor = base2.log_sum_exp(high[...], row)
+    lse, divisor = base2.log_sum_exp(high[...], row, scale)
     out_ref[0, 0] = (acc[...] / divisor).astype(out_ref.dtype)
     lse_ref[0, 0] = lse.T[:1]
 
@@ -198,17 +203,19 @@ def forward(
   k_segments: jax.Array | None,
   *,
   causal: bool,
+  scale: float,
   blocks: Blocks,
   interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
   """([B, T, H, dv] in v's dtype, natural log-sum-exp [B, H, T] float32).
 
   Args:
-    q: [B, T, H, d], scaled (base2.scaled).
+    q: [B, T, H, d].
     k: [B, S, Hk, d].
     v: [B, S, Hk, dv].
     q_segments, k_segments: [B, T] and [B, S] int32, 0 is padding; or None.
     causal: T == S and a query sees no later key.
+    scale: of the scores.
     blocks: sizes that divide T and S.
     interpret: run as XLA, on any platform.
   """
@@ -217,6 +224,7 @@ def forward(
   (b, heads, t, d), (s, dv) = q.shape, v.shape[2:]
   group, segmented = heads // k.shape[1], q_segments is not None
   pairs = b * heads * t * s // (2 if causal else 1)
+  grid = t // blocks.q, s // blocks.k
 
   def of_q(b, h, i, j, *_):
     return b, h, i, 0
@@ -240,10 +248,17 @@ def forward(
       jnp.broadcast_to(k_segments[:, None], (b, 8, s)),
     ]
   out, lse = pl.pallas_call(
-    functools.partial(_kernel, causal=causal, segmented=segmented, blocks=blocks),
+    functools.partial(
+      _kernel,
+      grid=grid,
+      causal=causal,
+      scale=scale,
+      segmented=segmented,
+      blocks=blocks,
+    ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2,
-      grid=(b, heads, t // blocks.q, s // blocks.k),
+      grid=(b, heads, *grid),
       in_specs=specs,
       out_specs=[
         pl.BlockSpec((1, 1, blocks.q, dv), of_q),
@@ -267,5 +282,5 @@ def forward(
     ),
     interpret=interpret,
     name="mla_attention_forward",
-  )(ranges(q_segments, q, blocks.q), ranges(k_segments, k, blocks.k), *args)
+  )(ranges(q_segments, blocks.q), ranges(k_segments, blocks.k), *args)
   return outside(out, width), lse[:, :, 0]

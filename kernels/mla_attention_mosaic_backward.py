@@ -27,7 +27,7 @@ from r1jax.kernels.mla_attention_mosaic import (
 from r1jax.kernels.mosaic_blocks import LANES, dot, wide
 
 
-def _transposed(refs, i, j, chunk, first, diagonal, by_segment, blocks):
+def _transposed(refs, i, j, chunk, first, diagonal, by_segment, blocks, scale):
   """(P^T, dS^T) of a chunk of keys and the block's queries from `first` on, float32."""
   q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *segments = refs
   at = pl.ds(chunk * blocks.chunk, blocks.chunk)
@@ -44,7 +44,7 @@ def _transposed(refs, i, j, chunk, first, diagonal, by_segment, blocks):
     keep = same if keep is None else jnp.logical_and(keep, same)
   if keep is not None:
     s = jnp.where(keep, s, base2.MASKED)
-  p = jnp.exp2(s - lse_ref[0, 0, :, first:])
+  p = jnp.exp2(s * (scale * base2.LOG2E) - lse_ref[0, 0, :, first:])
   dp = dot(v_ref[0, 0, at], do_ref[0, 0, first:], (1, 1))
   return p, p * (dp - delta_ref[0, 0, :, first:])
 
@@ -63,7 +63,7 @@ def _dq_kernel(q_ranges, k_ranges, *refs, scale, **how):
 
   def step(diagonal, by_segment):
     for chunk, first in chunks(blocks, diagonal):
-      _, ds = _transposed(refs, i, j, chunk, first, diagonal, by_segment, blocks)
+      _, ds = _transposed(refs, i, j, chunk, first, diagonal, by_segment, blocks, scale)
       keys = k_ref[0, 0, pl.ds(chunk * blocks.chunk, blocks.chunk)]
       acc[first:] += dot(ds.astype(keys.dtype), keys, (0, 0))
 
@@ -74,14 +74,14 @@ def _dq_kernel(q_ranges, k_ranges, *refs, scale, **how):
     dq_ref[0, 0] = (acc[...] * scale).astype(dq_ref.dtype)
 
 
-def _dkv_kernel(q_ranges, k_ranges, *refs, q_blocks, **how):
+def _dkv_kernel(q_ranges, k_ranges, *refs, scale, **how):
   """refs: as above, with dk 1 1 k d and dv 1 1 k dv; k d and k dv for the sums. The
   last
   axis of the grid runs over the query heads of a key head, and their blocks."""
   *refs, dk_ref, dv_ref, dk, dv = refs
   b, j, n = pl.program_id(0), pl.program_id(2), pl.program_id(3)
   blocks, q_ref, do_ref = how["blocks"], refs[0], refs[3]
-  i = n % q_blocks
+  i = n % how["grid"][0]
 
   @pl.when(n == 0)
   def _():
@@ -91,7 +91,7 @@ def _dkv_kernel(q_ranges, k_ranges, *refs, q_blocks, **how):
   def step(diagonal, by_segment):
     for chunk, first in chunks(blocks, diagonal):
       at = pl.ds(chunk * blocks.chunk, blocks.chunk)
-      p, ds = _transposed(refs, i, j, chunk, first, diagonal, by_segment, blocks)
+      p, ds = _transposed(refs, i, j, chunk, first, diagonal, by_segment, blocks, scale)
       queries, do = q_ref[0, 0, first:], do_ref[0, 0, first:]
       dv[at] += dot(p.astype(do.dtype), do, (1, 0))
       dk[at] += dot(ds.astype(queries.dtype), queries, (1, 0))
@@ -100,7 +100,7 @@ def _dkv_kernel(q_ranges, k_ranges, *refs, q_blocks, **how):
 
   @pl.when(n == pl.num_programs(3) - 1)
   def _():
-    dk_ref[0, 0] = (dk[...] / base2.LOG2E).astype(dk_ref.dtype)
+    dk_ref[0, 0] = (dk[...] * scale).astype(dk_ref.dtype)
     dv_ref[0, 0] = dv[...].astype(dv_ref.dtype)
 
 
@@ -119,10 +119,10 @@ def backward(
   blocks: Blocks,
   interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """(dQ of the queries before they were scaled, dK, dV), in the layouts of q, k, v.
+  """(dQ, dK, dV), in the layouts of q, k, v.
 
   Args:
-    q .. k_segments: as the forward pass's; q is scaled.
+    q .. k_segments: as the forward pass's.
     lse2: [B, H, T] float32, the log-sum-exp in base 2 (base2.in_base2).
     delta: [B, H, T] float32, rowsum(do * out) - d lse.
     do: [B, T, H, dv].
@@ -133,7 +133,8 @@ def backward(
   q, k, v, do = inside(q), inside(k), inside(v), inside(do)
   (b, heads, t, d), (kv_heads, s, dv) = q.shape, v.shape[1:]
   group, segmented = heads // kv_heads, q_segments is not None
-  how = dict(causal=causal, segmented=segmented, blocks=blocks)
+  grid = t // blocks.q, s // blocks.k
+  how = dict(grid=grid, causal=causal, segmented=segmented, blocks=blocks)
   args = [q, k, v, do, lse2[:, :, None], delta[:, :, None]]
   if segmented:
     args += [
@@ -181,14 +182,14 @@ def backward(
       ),
       interpret=interpret,
       name=name,
-    )(ranges(q_segments, q, blocks.q), ranges(k_segments, k, blocks.k), *args)
+    )(ranges(q_segments, blocks.q), ranges(k_segments, blocks.k), *args)
 
   def seen(b, h, i, j):
     return h // group, jnp.minimum(j, last_block(i, blocks)) if causal else j
 
   (dq,) = call(
     functools.partial(_dq_kernel, scale=scale, **how),
-    (b, heads, t // blocks.q, s // blocks.k),
+    (b, heads, *grid),
     lambda b, h, i, j: (h, i),
     seen,
     [(blocks.q, d, lambda b, h, i, j: (h, i), q.shape)],
@@ -196,20 +197,18 @@ def backward(
     2 * d + dv,
   )
 
-  q_blocks = t // blocks.q
-
   def seeing(b, h, j, n):
-    i = n % q_blocks
+    i = n % grid[0]
     if causal:
       i = jnp.maximum(i, j * blocks.k // blocks.q)
-    return h * group + n // q_blocks, i
+    return h * group + n // grid[0], i
 
   def mine(b, h, j, n):
     return h, j
 
   dk, dv = call(
-    functools.partial(_dkv_kernel, q_blocks=q_blocks, **how),
-    (b, kv_heads, s // blocks.k, group * q_blocks),
+    functools.partial(_dkv_kernel, scale=scale, **how),
+    (b, kv_heads, grid[1], group * grid[0]),
     seeing,
     mine,
     [(blocks.k, d, mine, k.shape), (blocks.k, dv, mine, v.shape)],

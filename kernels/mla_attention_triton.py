@@ -31,8 +31,7 @@ def fit(q: tuple, k: tuple, v: tuple, dtype: jnp.dtype) -> Blocks:
   Raises:
     NotImplementedError: this body cannot serve the shape or the dtype.
   """
-  if dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(f"arrays are bfloat16 or float32 here, not {dtype}")
+  base2.check(dtype, q[1], k[1])
   check_width(q[3])
   check_width(v[3])
   if max(q[3], v[3]) > 256:
@@ -124,11 +123,13 @@ def _zeros(parts):
   return [jnp.zeros(x.shape, jnp.float32) for x in parts]
 
 
-def _forward_kernel(bounds_ref, q_ref, k_ref, v_ref, *rest, causal, segmented, blocks):
+def _forward_kernel(
+  bounds_ref, q_ref, k_ref, v_ref, *rest, causal, segmented, blocks, scale
+):
   """bounds 2 T/q, q q d, k S d, v S dv, segments q and S if there are some; out q dv,
   lse q."""
   *segments, out_ref, lse_ref = rest
-  i, q = pl.program_id(0), _load(q_ref, 0, blocks.q)
+  i, q, turn = pl.program_id(0), _load(q_ref, 0, blocks.q), scale * base2.LOG2E
   q_segments = segments[0][...] if segmented else None
 
   def body(j, carry, masked):
@@ -139,7 +140,7 @@ def _forward_kernel(bounds_ref, q_ref, k_ref, v_ref, *rest, causal, segmented, b
       k_segments = segments[1][pl.ds(at, blocks.k)] if segmented else None
       scores = _masked(scores, i, j, blocks, q_segments, k_segments, causal)
     now = jnp.maximum(high, scores.max(axis=1))
-    p, decay = jnp.exp2(scores - now[:, None]), jnp.exp2(high - now)
+    p, decay = (jnp.exp2(x * turn) for x in (scores - now[:, None], high - now))
     acc = [
       decay[:, None] * a + dot(p.astype(v.dtype), v)
       for a, v in zip(acc, _load(v_ref, at, blocks.k), strict=True)
@@ -156,7 +157,7 @@ def _forward_kernel(bounds_ref, q_ref, k_ref, v_ref, *rest, causal, segmented, b
   )
   how = dict(causal=causal, segmented=segmented, blocks=blocks)
   high, total, acc = _over_keys(i, bounds_ref, body, start, **how)
-  lse, divisor = base2.log_sum_exp(high, total)
+  lse, divisor = base2.log_sum_exp(high, total, scale)
   for part, a in zip(powers_of_two(v_ref.shape[-1]), acc, strict=True):
     out_ref[:, part] = (a / divisor[:, None]).astype(out_ref.dtype)
   lse_ref[...] = lse
@@ -189,7 +190,7 @@ def _dq_kernel(
     if masked:
       k_segments = segments[1][pl.ds(at, blocks.k)] if segmented else None
       scores = _masked(scores, i, j, blocks, q_segments, k_segments, causal)
-    p = jnp.exp2(scores - lse[:, None])
+    p = jnp.exp2(scores * (scale * base2.LOG2E) - lse[:, None])
     ds = p * (_product(do, _load(v_ref, at, blocks.k)) - delta[:, None])
     return [x + dot(ds.astype(k.dtype), k) for x, k in zip(dq, keys, strict=True)]
 
@@ -211,6 +212,7 @@ def _dkv_kernel(
   causal,
   segmented,
   blocks,
+  scale,
 ):
   """bounds 2 S/k, q T group d: all queries of the heads that this key head serves, k k
   d,
@@ -230,7 +232,7 @@ def _dkv_kernel(
     if masked:
       q_segments = segments[0][at] if segmented else None
       scores = _masked(scores, i, j, blocks, q_segments, k_segments, causal)
-    p = jnp.exp2(scores - lse_ref[head, at][:, None])
+    p = jnp.exp2(scores * (scale * base2.LOG2E) - lse_ref[head, at][:, None])
     ds = p * (_product(do, values) - delta_ref[head, at][:, None])
     p, ds = p.astype(do[0].dtype), ds.astype(q[0].dtype)
     dk = [x + dot(ds.T, y) for x, y in zip(dk, q, strict=True)]
@@ -241,7 +243,7 @@ def _dkv_kernel(
     of_head = functools.partial(body, head=head)
     carry = _over_queries(j, bounds_ref, of_head, carry, blocks=blocks, **how)
   for ref, parts, factor in (
-    (dk_ref, carry[0], 1 / base2.LOG2E),
+    (dk_ref, carry[0], scale),
     (dv_ref, carry[1], 1),
   ):
     for part, x in zip(powers_of_two(ref.shape[-1]), parts, strict=True):
@@ -302,6 +304,7 @@ def forward(
   k_segments: jax.Array | None,
   *,
   causal: bool,
+  scale: float,
   blocks: Blocks,
   interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
@@ -319,7 +322,7 @@ def forward(
   if segments:
     specs += _numbers(blocks.q, s)
   out, lse = _call(
-    functools.partial(_forward_kernel, **how),
+    functools.partial(_forward_kernel, scale=scale, **how),
     (t // blocks.q, b, heads),
     specs,
     [of_q, q, k, v, *segments],
@@ -399,7 +402,7 @@ def backward(
   if segments:
     specs += reversed(_numbers(blocks.k, t))
   dk, dv = _call(
-    functools.partial(_dkv_kernel, **how),
+    functools.partial(_dkv_kernel, scale=scale, **how),
     (s // blocks.k, b, kv_heads),
     specs,
     [of_k, *args],

@@ -47,7 +47,12 @@ def attention(
     ValueError: the arrays do not belong together, or no query sees any key.
     NotImplementedError: the kernel that was asked for cannot serve the shape.
   """
+  ops_checks.scale(scale)
   ops_checks.attention(q, k, v, q_segments, k_segments, causal)
+  return _attend(q, k, v, q_segments, k_segments, scale, causal, implementation)
+
+
+def _attend(q, k, v, q_segments, k_segments, scale, causal, implementation):
   segments = () if q_segments is None else (q_segments, k_segments)
 
   def kernel(body, interpret):
@@ -101,7 +106,6 @@ def group_attention(
     As `attention`.
   """
   b, g, t, heads, _ = q.shape
-  how = dict(scale=scale, implementation=implementation)
 
   def beside(x):  # the group's rows as more queries of one row
     return x.reshape(b, g * t, *x.shape[3:])
@@ -109,18 +113,16 @@ def group_attention(
   def apart(x):
     return x.reshape(b * g, *x.shape[2:])
 
-  before, before_lse = attention(
-    beside(q),
-    prefix_k,
-    prefix_v,
-    (beside(segments) > 0).astype(jnp.int32),
-    (prefix_segments > 0).astype(jnp.int32),
-    causal=False,
-    **how,
+  ops_checks.scale(scale)
+  before = beside(q), prefix_k, prefix_v
+  before += tuple(
+    (x > 0).astype(jnp.int32) for x in (beside(segments), prefix_segments)
   )
-  own, own_lse = attention(
-    apart(q), apart(k), apart(v), apart(segments), apart(segments), **how
-  )
+  ops_checks.attention(*before, causal=False, something=False)
+  before, before_lse = _attend(*before, scale, False, implementation)
+  own = apart(q), apart(k), apart(v), apart(segments), apart(segments)
+  ops_checks.attention(*own, causal=True)
+  own, own_lse = _attend(*own, scale, True, implementation)
   before_lse = before_lse.reshape(b, heads, g, t).transpose(0, 2, 3, 1)
   own_lse = own_lse.reshape(b, g, heads, t).swapaxes(2, 3)
   before, own = (x.reshape(b, g, t, heads, -1) for x in (before, own))
@@ -164,8 +166,9 @@ def decode_attention(
       cache, or no row sees any slot.
     NotImplementedError: the kernel that was asked for cannot serve the shape.
   """
-  ops_checks.decode_attention(q, prefix, suffix, starts, stops, lengths, layout)
+  ops_checks.scale(scale)
   args = q, prefix, suffix, jnp.asarray(layer), starts, stops, lengths
+  ops_checks.decode_attention(*args, layout)
 
   def kernel(body, interpret):
     rows, heads = impl.axes(q.shape[0], layout.kv_heads)
@@ -297,6 +300,8 @@ def _decode(
   return out[..., : layout.value_width].reshape(b, g, heads, -1)
 
 
-def cache_slots(tokens: int) -> int:
+def cache_slots(tokens: int, implementation: str = "auto") -> int:
   """Slots to lay out for so many tokens: a kernel reads whole blocks of 128."""
-  return -(-tokens // 128) * 128 if impl.platform() in impl.PLATFORMS else tokens
+  if implementation == "auto" and impl.platform() not in impl.PLATFORMS:
+    implementation = "xla"
+  return tokens if implementation == "xla" else -(-tokens // 128) * 128

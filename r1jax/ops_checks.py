@@ -12,7 +12,19 @@ def _known(*arrays) -> list[np.ndarray] | None:
   return [np.asarray(x) for x in arrays]
 
 
-def attention(q, k, v, q_segments, k_segments, causal):
+def _int32(**arrays):
+  wrong = {name: str(x.dtype) for name, x in arrays.items() if x.dtype != np.int32}
+  if wrong:
+    raise ValueError(f"{wrong} must be int32; cast with .astype(jnp.int32).")
+
+
+def scale(number):
+  if not number > 0:
+    raise ValueError(f"scale={number} must be above 0; it is 1 / sqrt(head dim) or so.")
+
+
+def attention(q, k, v, q_segments, k_segments, causal, something=True):
+  """something: a mask that keeps nothing is refused."""
   shapes = f"q {q.shape}, k {k.shape} and v {v.shape}"
   if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3]:
     raise ValueError(
@@ -41,13 +53,14 @@ def attention(q, k, v, q_segments, k_segments, causal):
       f"q_segments {q_segments.shape} and k_segments {k_segments.shape} must be"
       f" {q.shape[:2]} and {k.shape[:2]}."
     )
+  _int32(q_segments=q_segments, k_segments=k_segments)
   numbers = _known(q_segments, k_segments)
   if numbers is None:
     return
   mine, theirs = numbers
   if min(mine.min(initial=0), theirs.min(initial=0)) < 0:
     raise ValueError("segments are numbered from 1, and 0 is padding; one is negative.")
-  if not any(
+  if something and not any(
     np.intersect1d(a, b[b > 0]).size for a, b in zip(mine, theirs, strict=True)
   ):
     raise ValueError(
@@ -56,11 +69,16 @@ def attention(q, k, v, q_segments, k_segments, causal):
     )
 
 
-def decode_attention(q, prefix, suffix, starts, stops, lengths, layout):
+def decode_attention(q, prefix, suffix, layer, starts, stops, lengths, layout):
   if q.ndim != 4 or q.shape[3] != layout.key_width or q.shape[2] % layout.kv_heads:
     raise ValueError(
       f"q {q.shape} must be [B, G, H, {layout.key_width}] with H a multiple of"
       f" {layout.kv_heads}."
+    )
+  if prefix.ndim != 4 or suffix.ndim != 5:
+    raise ValueError(
+      f"prefix {prefix.shape} and suffix {suffix.shape} must be [N, B, P, L] and"
+      " [N, B, G, S, L]."
     )
   b, g = q.shape[:2]
   n, p, s = prefix.shape[0], prefix.shape[2], suffix.shape[3]
@@ -80,11 +98,15 @@ def decode_attention(q, prefix, suffix, starts, stops, lengths, layout):
       f"starts {starts.shape}, stops {stops.shape} and lengths {lengths.shape} must be"
       f" ({b},), ({b},) and {(b, g)}."
     )
-  numbers = _known(starts, stops, lengths)
+  _int32(layer=layer, starts=starts, stops=stops, lengths=lengths)
+  numbers = _known(layer, starts, stops, lengths)
   if numbers is None:
     return
-  first, last, own = numbers
-  if min(first.min(), last.min(), own.min()) < 0 or last.max() > p or own.max() > s:
+  layer, first, last, own = numbers
+  if layer.size != 1 or not 0 <= layer < n:
+    raise ValueError(f"layer {layer} must be one of the caches' {n}, from 0 on.")
+  low, high = min(first.min(), last.min(), own.min()), max(first.max(), last.max())
+  if low < 0 or high > p or own.max() > s:
     raise ValueError(
       f"starts {first}, stops {last} and lengths {own}: must lie in 0..{p}, 0..{p} and"
       f" 0..{s}."
@@ -100,6 +122,7 @@ def grouped_matmul(x, w, group_sizes):
     raise ValueError(f"x is {x.dtype} and w {w.dtype}: they must be of one dtype.")
   if group_sizes.shape != w.shape[:1]:
     raise ValueError(f"group_sizes {group_sizes.shape} must be {w.shape[:1]}.")
+  _int32(group_sizes=group_sizes)
   numbers = _known(group_sizes)
   if numbers is None:
     return

@@ -81,9 +81,10 @@ def start(
   rows = (batch, group_size)
   hidden = jnp.broadcast_to(out.hidden[:, -1:], (*rows, out.hidden.shape[-1]))
   layers, _, length, width = out.cache.shape
-  fill = ops.cache_slots(length) - length
+  kind = policy.config.implementation
+  fill = ops.cache_slots(length, kind) - length
   prefix = jnp.pad(out.cache, ((0, 0), (0, 0), (fill, 0), (0, 0)))
-  slots = ops.cache_slots(max_tokens)
+  slots = ops.cache_slots(max_tokens, kind)
   experts = prompt_experts = support = None
   if out.experts is not None:
     few = policy.config.experts <= 256

@@ -15,7 +15,7 @@ from r1jax.models.mla import Sequence
 
 VOCAB = 16
 # Of the compiler, whose time is most of theirs.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK = {"xla_backend_optimization_level": 0}
 ALL = ("xla", "mosaic", "triton")
 
 
@@ -136,6 +136,7 @@ def test_a_cache_is_laid_out_in_blocks_where_a_kernel_reads_it(on, platform, slo
   on(platform)
   assert ops.cache_slots(77) == slots
   assert [ops.cache_slots(n) for n in (0, 128, 256)] == [0, 128, 256]
+  assert [ops.cache_slots(77, name) for name in ALL] == [77, 128, 128]
 
 
 # Falling back.
@@ -233,6 +234,11 @@ BAD = [
     dict(q_segments=whole([-2, 1, 1, 1]), k_segments=whole([1] * 4)),
     r"one is negative",
   ),
+  (
+    attention,
+    dict.fromkeys(("q_segments", "k_segments"), jnp.ones((1, 4), bool)),
+    r"\{'q_segments': 'bool', 'k_segments': 'bool'\} must be int32; cast",
+  ),
   (attention, dict.fromkeys(("q_segments", "k_segments"), whole([0] * 4)), "keeps not"),
   (
     attention,
@@ -255,6 +261,16 @@ BAD = [
     dict(q=drawn(2, 3, 4, 64, dtype="bfloat16")),
     r"q is bfloat16, prefix float32 and suffix float32.*one dtype",
   ),
+  (
+    decode,
+    dict(prefix=drawn(2, 128, 256)),
+    r"prefix \(2, 128, 256\) and suffix .* must be \[N, B, P, L\]",
+  ),
+  (decode, dict(layer=whole()[0:1]), r"layer \[\] must be one of the caches' 2"),
+  (decode, dict(layer=jnp.asarray(2)), r"layer 2 must be one of the caches' 2"),
+  (decode, dict(layer=jnp.asarray(-1)), r"layer -1 must be one of the caches' 2"),
+  (decode, dict(starts=jnp.zeros(2)), r"\{'starts': 'float32'\} must be int32; cast"),
+  (decode, dict(starts=whole(129, 0)), r"starts \[129   0\].* must lie in 0\.\.128"),
   (decode, dict(starts=whole(0)), r"starts \(1,\).*must be \(2,\)"),
   (decode, dict(stops=whole([1, 2])), r"stops \(1, 2\).*must be \(2,\)"),
   (decode, dict(lengths=whole(1, 2)), r"lengths \(2,\).*\(2, 3\)"),
@@ -276,6 +292,7 @@ BAD = [
     dict(w=drawn(3, 32, 48, dtype="bfloat16")),
     r"x is float32 and w bfloat16.*one dtype",
   ),
+  (grouped, dict(group_sizes=jnp.ones(3)), r"\{'group_sizes': 'float32'\} must be"),
   (grouped, dict(group_sizes=whole(2, 3)), r"group_sizes \(2,\) must be \(3,\)"),
   (grouped, dict(group_sizes=whole(2, -1, 3)), r"group_sizes \[ 2 -1  3\].* 0 or more"),
   (grouped, dict(group_sizes=whole(2, 3, 3)), r"group_sizes \[2 3 3\].*at most 7, the"),
@@ -297,6 +314,16 @@ def test_numbers_at_the_ends_of_their_range_are_taken():
   assert not np.asarray(grouped(group_sizes=whole(0, 0, 0))).any()
 
 
+def test_a_group_without_any_prompt_sees_itself():
+  q, none = drawn(1, 2, 4, 2, 16), drawn(1, 3, 2, 16)
+  segments, padding = jnp.ones((1, 2, 4), jnp.int32), whole([0] * 3)
+  got = ops.group_attention(q, q, q, segments, none, none, padding, scale=0.3)
+  want, _ = ops.attention(*[q[0]] * 3, segments[0], segments[0], scale=0.3)
+  np.testing.assert_allclose(got[0], want, rtol=0, atol=1e-6)
+  with pytest.raises(ValueError, match=KEEPS_NOTHING):
+    ops.group_attention(q, q, q, 0 * segments, none, none, padding, scale=0.3)
+
+
 MLA_TINY, MLA_ODD = ops.Layout.mla(32, 16), ops.Layout.mla(24, 8)
 CANNOT = [
   (attention, "mosaic", dict(width=264), r"at most 256 wide here, not 264 and 16"),
@@ -311,6 +338,14 @@ CANNOT = [
   (decode, "triton", dict(layout=MLA_ODD), r"widths are multiples of 16 here, not 24"),
   (grouped, "triton", dict(d=24), r"widths are multiples of 16 here, not 24"),
   (grouped, "triton", dict(f=40), r"widths are multiples of 16 here, not 40"),
+  *(
+    (call, name, empty, r"at least one each")
+    for call, empty in (
+      (decode, dict(prefix=drawn(2, 2, 0, 256), starts=whole(0, 0), stops=whole(0, 0))),
+      (grouped, dict(x=drawn(0, 32), group_sizes=whole(0, 0, 0))),
+    )
+    for name in ("mosaic", "triton")
+  ),
   *(
     (call, name, dict(dtype="float16"), r"bfloat16 or float32 here, not float16")
     for call in (attention, decode, grouped)

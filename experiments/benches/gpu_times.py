@@ -121,19 +121,19 @@ def decode(
   runs = {name: functools.partial(function(name), *args) for name in (kernel, "xla")}
   ms = clock({**runs, "copy": functools.partial(copy, suffix)}, repeats)
   read = (prefix.size + suffix.size) * 2
-  mine, copied = ms[kernel], 2 * suffix.size * 2 / ms["copy"]
+  mine, copied = ms[kernel], ms["copy"] and 2 * suffix.size * 2 / ms["copy"]
   return {
     "kernel": "decode",
     "shape": f"B {rows}, S {slots}, heads {heads}, entry {layout.width}",
     "ms": mine,
     "gb_per_s": mine and read / mine / 1e6,
-    "of_copy_bandwidth": mine and read / mine / copied,
+    "of_copy_bandwidth": mine and copied and read / mine / copied,
     "of_xla": ratio(ms["xla"], mine),
   }
 
 
 def experts(rows: int, d: int, f: int, groups: int, kernel: str, repeats: int) -> dict:
-  """The experts' product, forward and backward."""
+  """The experts' two backward products."""
   x, w, grad = normal(0, rows, d), normal(1, groups, d, f), normal(2, rows, f)
   sizes = jnp.full(groups, rows // groups, jnp.int32)
 

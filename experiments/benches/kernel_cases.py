@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from r1jax import ops, vocabulary
-from r1jax.kernels import decode_attention
+from r1jax.kernels import decode_attention_mosaic
 
 BF16 = jnp.bfloat16
 GUESS = "how often a loop runs is guessed"
@@ -78,7 +78,7 @@ def attention(
     (*specs, out),
     flops,
     2 * size((*specs, out)),
-    "which blocks dK and dV read is data; " + GUESS,
+    "the estimate does not follow the order of blocks of dK and dV",
   )
 
 
@@ -88,16 +88,15 @@ def decode(name: str, rows: int, slots: int, heads: int, layout: ops.Layout) -> 
   specs = (
     spec(rows, heads, layout.key_width),
     spec(1, rows, slots, layout.width),
-    ints(),
+    ints(1),
     ints(rows),
     ints(rows),
     ints(rows),
   )
 
-  def function(*args):
-    return decode_attention.part(
-      *args, layout=layout, body="mosaic", interpret=False, full=True
-    )
+  def function(q, cache, layer, *scalars):
+    how = dict(layout=layout, scale=0.1, interpret=False, full=True)
+    return decode_attention_mosaic.decode(q, cache, layer, *scalars, **how)
 
   width = layout.key_width + layout.value_width
   return Case(

@@ -185,8 +185,9 @@ def markdown(found: dict) -> list[str]:
   ]
   notes = {}
   for row in found["kernels"]:
-    cycles, bound = f"[{note(notes, row['why_no_cycles'])}]", ""
-    if row["cycles"]:
+    if not row["cycles"]:
+      cycles, bound = f"[{note(notes, row['why_no_cycles'])}]", ""
+    else:
       cycles = f"{row['cycles']:,}"
       bound = f"{row['fraction_of_bound']:.3f}, with what is around it"
       bound += f" {row['program_fraction_of_bound']:.3f}"

@@ -14,7 +14,7 @@ import pytest
 
 from r1jax import ahead_of_time, ops, rollout
 from r1jax.errors import UserError
-from r1jax.kernels import base2, mla_attention_mosaic
+from r1jax.kernels import mla_attention_mosaic
 from r1jax.models import policy
 from r1jax.models.config import PolicyConfig
 from r1jax.prompts import PromptBatch
@@ -37,7 +37,7 @@ def ints(*shape):
   return spec(*shape, dtype=jnp.int32)
 
 
-def attention(b, t, heads, kv_heads, d, dv, body):
+def attention(b, t, heads, kv_heads, d, dv, body, dtype=jnp.bfloat16):
   """Packed rows, forward and backward, through output and log-sum-exp."""
 
   def function(q, k, v, segments):
@@ -62,7 +62,7 @@ def decode(b, g, heads, layout, slots, body, layers=4):
   return function, (q, prefix, suffix, ints(), ints(b), ints(b), ints(b, g)), 2
 
 
-def experts(rows, d, f, groups, body):
+def experts(rows, d, f, groups, body, dtype=jnp.bfloat16):
   """The product and both backward products."""
 
   def function(x, w, sizes, grad):
@@ -72,19 +72,25 @@ def experts(rows, d, f, groups, body):
     out, vjp = jax.vjp(product, x, w)
     return out, vjp(grad)
 
-  return function, (spec(rows, d), spec(groups, d, f), ints(groups), spec(rows, f)), 3
+  shapes = (rows, d), (groups, d, f), (rows, f)
+  x, w, grad = (spec(*shape, dtype=dtype) for shape in shapes)
+  return function, (x, w, ints(groups), grad), 3
 
 
 CASES = {
   "mla": lambda body: attention(1, 8192, 128, 128, 192, 128, body),
   "qwen 7b": lambda body: attention(1, 4096, 28, 4, 128, 128, body),
   "qwen 0.5b": lambda body: attention(1, 4096, 14, 2, 64, 64, body),
-  "odd length": lambda body: attention(2, 333, 4, 4, 192, 128, body),
+  "odd length, float32, 1,024 rows": lambda body: attention(
+    1024, 333, 4, 4, 192, 128, body, jnp.float32
+  ),
   "mla decode": lambda body: decode(2, 4, 128, ops.Layout.mla(512, 64), 8192, body),
   "qwen 7b decode": lambda body: decode(2, 8, 28, ops.Layout.gqa(4, 128), 8192, body),
   "qwen 0.5b decode": lambda body: decode(2, 8, 14, ops.Layout.gqa(2, 64), 4096, body),
   "experts": lambda body: experts(32_768, 7168, 2048, 8, body),
-  "experts down": lambda body: experts(32_768, 2048, 7168, 8, body),
+  "experts down, float32": lambda body: experts(
+    32_768, 2048, 7168, 8, body, jnp.float32
+  ),
 }
 
 
@@ -165,12 +171,13 @@ def blocks_of(blocks, t, s):
 
   def function(q, k, v):
     return mla_attention_mosaic.forward(
-      base2.scaled(q, 0.1),
+      q,
       k,
       v,
       None,
       None,
       causal=False,
+      scale=0.1,
       blocks=blocks,
       interpret=False,
     )
