@@ -15,11 +15,8 @@ import jax.numpy as jnp
 from r1jax.kernels import base2
 from r1jax.kernels import grouped_matmul_triton as triton
 
-TILE = (
-  512,
-  1024,
-  1024,
-)  # rows, inner and outer width: what fits a TPU's VMEM in bfloat16
+# Rows, inner and outer width: what fits a TPU's VMEM in bfloat16.
+TILE = (512, 1024, 1024)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -18,9 +18,9 @@ ROWS, INNER, OUTER = 64, 64, 128  # of a tile
 
 
 def visits(sizes: jax.Array, rows: int, block: int) -> tuple[jax.Array, jax.Array]:
-  """([E + 1] first row of every group and the last's end, [2, V] int32 (block, group)
-  of
-  every visit). Visits that are too many have the number of groups for a group."""
+  """([E + 1] first row of every group and the last's end, [2, V] (block, group) of
+  every visit), int32. Visits that are too many have the number of groups for a
+  group."""
   groups = sizes.shape[0]
   ends = jnp.cumsum(sizes)
   starts = jnp.concatenate([jnp.zeros(1, sizes.dtype), ends])

@@ -1,10 +1,10 @@
-"""Flash attention for training and prefill (Dao, arXiv 2307.08691): MLA's heads
-(queries
-and keys 192 wide, values 128) and grouped-query heads (64, 128).
+"""Flash attention for training and prefill (Dao, arXiv 2307.08691).
 
-Scores exist a block at a time. The forward pass keeps each row's log-sum-exp, from
-which the backward pass makes the probabilities again. Bodies: mla_attention_mosaic
-(TPU), mla_attention_triton (GPU). Here: the derivative, and blocks that fit the shape.
+For MLA's heads (queries and keys 192 wide, values 128) and grouped-query heads (64,
+128). Scores exist a block at a time. The forward pass keeps each row's log-sum-exp,
+from which the backward pass makes the probabilities again. Here: the derivative, and
+whole blocks. Bodies: mla_attention_mosaic with its _backward (TPU),
+mla_attention_triton (GPU).
 """
 
 import functools

@@ -50,9 +50,8 @@ def _transposed(refs, i, j, chunk, first, diagonal, by_segment, blocks, scale):
 
 
 def _dq_kernel(q_ranges, k_ranges, *refs, scale, **how):
-  """refs: q 1 1 q d, k 1 1 k d, v 1 1 k dv, do 1 1 q dv, lse and delta 1 1 1 q,
-  segments
-  1 8 q and 1 k LANES if there are some, dq 1 1 q d; q d for the sum."""
+  """refs: q 1 1 q d, k 1 1 k d, v 1 1 k dv, do 1 1 q dv, lse and delta 1 1 1 q;
+  segments 1 8 q and 1 k LANES if there are some; dq 1 1 q d; q d for the sum."""
   *refs, dq_ref, acc = refs
   b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
   blocks, k_ref = how["blocks"], refs[1]
@@ -76,8 +75,7 @@ def _dq_kernel(q_ranges, k_ranges, *refs, scale, **how):
 
 def _dkv_kernel(q_ranges, k_ranges, *refs, scale, **how):
   """refs: as above, with dk 1 1 k d and dv 1 1 k dv; k d and k dv for the sums. The
-  last
-  axis of the grid runs over the query heads of a key head, and their blocks."""
+  grid's last axis runs over the query heads of a key head, and their blocks."""
   *refs, dk_ref, dv_ref, dk, dv = refs
   b, j, n = pl.program_id(0), pl.program_id(2), pl.program_id(3)
   blocks, q_ref, do_ref = how["blocks"], refs[0], refs[3]

@@ -1,7 +1,8 @@
-"""Flash attention on a GPU, through Triton: a program a block of queries (or of keys,
-for
-their gradients), a loop over the blocks of the other side that it shares a segment
-with. Without segments, blocks below the diagonal need no mask.
+"""Flash attention on a GPU, through Triton.
+
+A program serves a block of queries (or of keys, for their gradients) and loops over the
+blocks of the other side that share a segment with it. Without segments, blocks below
+the diagonal need no mask.
 """
 
 import functools
@@ -215,9 +216,8 @@ def _dkv_kernel(
   scale,
 ):
   """bounds 2 S/k, q T group d: all queries of the heads that this key head serves, k k
-  d,
-  v k dv, do T group dv, lse (base 2) and delta group T, segments T and k if there are
-  some; dk k d, dv k dv."""
+  d, v k dv, do T group dv, lse (base 2) and delta group T, segments T and k if there
+  are some; dk k d, dv k dv."""
   *segments, dk_ref, dv_ref = rest
   j, group = pl.program_id(0), q_ref.shape[1]
   keys, values = _load(k_ref, 0, blocks.k), _load(v_ref, 0, blocks.k)

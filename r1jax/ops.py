@@ -85,8 +85,7 @@ def group_attention(
   implementation: str = "auto",
 ) -> jax.Array:
   """Causal attention of a group's completions over the prompt they share, whose keys
-  and
-  values are there once, and over themselves; merged by log-sum-exp.
+  and values are there once, and over themselves; merged by log-sum-exp.
 
   Args:
     q: [B, G, T, H, d].
@@ -144,8 +143,7 @@ def decode_attention(
   implementation: str = "auto",
 ) -> jax.Array:
   """Attention of one new token a row over the prompt that its group shares and the
-  row's
-  own tokens, from the cache. Absorbed MLA: the queries are in latent space.
+  row's own tokens, from the cache. Absorbed MLA: the queries are in latent space.
 
   Args:
     q: [B, G, H, d], d = layout.key_width.

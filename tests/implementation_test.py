@@ -216,6 +216,8 @@ BAD = [
     dict(v=drawn(1, 4, 2, 16, dtype="bfloat16")),
     r"q is float32, k float32 and v bfloat16.*one dtype; cast",
   ),
+  (attention, dict(scale=-0.3), r"scale=-0\.3 must be above 0"),
+  (decode, dict(scale=0.0), r"scale=0\.0 must be above 0"),
   (attention, dict(q=drawn(1, 3, 2, 16)), r"3 queries over 4 keys.*causal=False"),
   (attention, dict(q_segments=whole([1] * 4)), r"come together or not at all"),
   (attention, dict(k_segments=whole([1] * 4)), r"come together or not at all"),
