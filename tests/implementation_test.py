@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 import numpy as np
 import pytest
+from quick import QUICK
 
 from r1jax import implementation, ops, sharding
 from r1jax.models import config, policy
 from r1jax.models.mla import Sequence
 
 VOCAB = 16
-# Of the compiler, whose time is most of theirs.
-QUICK = {"xla_backend_optimization_level": 0}
 ALL = ("xla", "mosaic", "triton")
 
 

@@ -10,14 +10,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
+from quick import QUICK
 
 from r1jax import ops, sharding
 from r1jax.kernels import decode_attention, decode_attention_mosaic
 
 KERNELS = ("mosaic", "triton")
 REL = {"float32": 1e-5, "bfloat16": 2e-2}  # of the largest number of an array
-# Of the compiler, whose time is most of theirs.
-QUICK = {"xla_backend_optimization_level": 0}
 LAYERS, LAYER = 3, 2
 GARBAGE = 1e3
 

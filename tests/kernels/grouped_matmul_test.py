@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import QUICK
 
 from r1jax import ops
 
 KERNELS = ("mosaic", "triton")
 REL = {"float32": 1e-5, "bfloat16": 2e-2}  # of the largest number of an array
-# Of the compiler, whose time is most of theirs.
-QUICK = {"xla_backend_optimization_level": 0}
 GARBAGE = np.nan  # in rows of no group
 
 # Rows, inner and outer width, sizes of the groups.

@@ -1,0 +1,7 @@
+"""What makes XLA's CPU compiler quick, for tests whose time is mostly its own."""
+
+import jax
+
+QUICK = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # later versions do not know it
+  QUICK["xla_cpu_use_fusion_emitters"] = False
