@@ -12,7 +12,7 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from r1jax.errors import UserError
+from r1jax.errors import NumericalError, UserError
 
 
 def run(main: Callable[[ConfigDict, str], None], config_file: str) -> None:
@@ -28,6 +28,9 @@ def run(main: Callable[[ConfigDict, str], None], config_file: str) -> None:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+  except NumericalError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(3)
   except KeyboardInterrupt:
     print(
       "stopped; the same command continues from the last checkpoint", file=sys.stderr

@@ -51,6 +51,12 @@ class Checkpoints:
     )
     return self._load(step, {"state": abstract})["state"]
 
+  def weights(self, step: int) -> tuple[Any, Any]:
+    """(params, router) of a step's policy, whatever stage it is of."""
+    state = self._load(step, {"state": None})["state"]
+    state = state.get("policy", state)  # PPO's beside its value model
+    return state["params"], state.get("router") or {}
+
   def close(self) -> None:
     self._checkpointer.close()
 

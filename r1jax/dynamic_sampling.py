@@ -54,6 +54,7 @@ def figures(rollout: Rollout, rewards: Rewards) -> dict[str, jax.Array]:
     "entropy": rollout.entropy.sum() / rollout.mask.sum(),
     "truncated": 1.0 - rollout.ended.mean(dtype=jnp.float32),
     "equal_groups": equal.sum() / jnp.maximum(some.sum(), 1),
+    **rollout.figures(),
   }
 
 

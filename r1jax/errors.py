@@ -1,5 +1,9 @@
-"""The one exception a user is meant to see: what came, what is allowed, what to do."""
+"""The exceptions a user is meant to see: what came, what is allowed, what to do."""
 
 
 class UserError(ValueError):
   """A mistake in a config, a file or a command; ends a run with exit code 2."""
+
+
+class NumericalError(ArithmeticError):
+  """A number that is not finite; ends a run with exit code 3."""

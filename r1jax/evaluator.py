@@ -39,9 +39,11 @@ class Evaluator:
         max_tokens=max(tokens for _, tokens in this.windows),
         temperature=temperature,
         stop_ids=this.stop_ids,
+        stop=this.stop,
         pad_id=this.tokenizer.pad_id,
         top_k=c.grpo.top_k,
         top_p=c.grpo.top_p,
+        min_p=c.grpo.min_p,
       )
       rows = experience.rows_of(prompts, said)
 

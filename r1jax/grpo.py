@@ -174,14 +174,8 @@ def draw(
       state.router,
       prompts,
       key_of(key, state.step, ROLLOUT),
-      group_size=c.group_size,
-      max_tokens=c.max_tokens,
-      temperature=c.temperature,
-      stop_ids=stop_ids,
-      pad_id=pad_id,
-      top_k=c.top_k,
-      top_p=c.top_p,
       earlier=earlier,
+      **c.sampling(stop_ids=stop_ids, pad_id=pad_id),
     )
 
   return sampled

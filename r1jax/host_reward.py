@@ -9,6 +9,7 @@ lost, so that the step does no harm; the loop raises it with `check`.
 """
 
 from collections.abc import Callable, Sequence
+import concurrent.futures
 import functools
 from typing import Any
 
@@ -34,6 +35,9 @@ class HostReward:
   def __init__(self, scorer: Scorer, problems: Sequence[Problem], tokenizer: Tokenizer):
     """Args: the scorer; the problems that the batches' ids count; the tokenizer."""
     self.scorer, self.problems, self.tokenizer = scorer, problems, tokenizer
+    # (problem, tokens) -> (the scores that a thread works on, which of them)
+    self._ahead: dict[tuple[int, bytes], tuple[concurrent.futures.Future, int]] = {}
+    self._worker = concurrent.futures.ThreadPoolExecutor(1)
     self._error: BaseException | None = None
     self._why = ""  # a sample was lost
 
@@ -46,6 +50,44 @@ class HostReward:
       name: (self.scorer.weights[name], parts[:, :, i]) for i, name in enumerate(names)
     }
     return Rewards.of(outcome, **weighted)
+
+  def ahead(self, ids: Sequence[int], outputs: Sequence[np.ndarray]) -> None:
+    """Begins to score outputs, in a thread, while others are still being written. The
+    step's own call finds their scores, or waits for them.
+
+    Args:
+      ids: of their problems.
+      outputs: their tokens, without padding.
+    """
+    keys = [_key(i, tokens) for i, tokens in zip(ids, outputs, strict=True)]
+    new = {
+      key: tokens
+      for key, tokens in zip(keys, outputs, strict=True)
+      if key not in self._ahead
+    }
+    if not new:
+      return
+    pairs = [
+      (self.tokenizer.decode(tokens), self.problems[i])
+      for (i, _), tokens in new.items()
+    ]
+    scores = self._worker.submit(lambda: self.scorer.score(pairs))
+    for place, key in enumerate(new):
+      self._ahead[key] = (scores, place)
+
+  def _scores(self, ids: Sequence[int], outputs: Sequence[np.ndarray]) -> list:
+    """Of the outputs, with what was begun ahead."""
+    keys = [_key(i, tokens) for i, tokens in zip(ids, outputs, strict=True)]
+    begun = [self._ahead.pop(key, None) for key in keys]
+    left = [
+      (self.tokenizer.decode(tokens), self.problems[i])
+      for i, tokens, found in zip(ids, outputs, begun, strict=True)
+      if found is None
+    ]
+    fresh = iter(self.scorer.score(left) if left else ())
+    return [
+      next(fresh) if found is None else found[0].result()[found[1]] for found in begun
+    ]
 
   def check(self, lost: float) -> None:
     """Raises the error that a step met, a rule's UserError or Ctrl-C say, and a
@@ -79,11 +121,9 @@ class HostReward:
     outcome = np.full(b * g, OUTCOMES.index("infrastructure"), np.int32)
     try:
       tokens = np.concatenate([np.asarray(x) for x in pieces]).reshape(b * g, -1)
-      texts = [self.tokenizer.decode(row[row >= 0]) for row in tokens]
-      problems = [self.problems[i] for i in np.asarray(ids) for _ in range(g)]
-      for i, said in enumerate(
-        self.scorer.score(list(zip(texts, problems, strict=True)))
-      ):
+      outputs = [row[row >= 0] for row in tokens]
+      of_rows = [int(i) for i in np.asarray(ids) for _ in range(g)]
+      for i, said in enumerate(self._scores(of_rows, outputs)):
         parts[i] = [said.parts[name] for name in names]
         outcome[i] = OUTCOMES.index(said.outcome)
         if said.outcome == "infrastructure":
@@ -91,6 +131,10 @@ class HostReward:
     except BaseException as error:  # Ctrl-C too: the callback may be on any thread
       self._error = self._error or error
     return parts.reshape(b, g, -1), outcome.reshape(b, g)
+
+
+def _key(problem: int, tokens: np.ndarray) -> tuple[int, bytes]:
+  return int(problem), np.asarray(tokens, np.int32).tobytes()
 
 
 # int32 of an operand of a callback. On CPU devices JAX copies operands of 100 KB and

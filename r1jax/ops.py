@@ -14,6 +14,7 @@ from r1jax.kernels import decode_attention as decoding
 from r1jax.kernels import grouped_matmul as grouped
 
 Layout = decoding.Layout
+merge, MASKED = base2.merge, base2.MASKED
 
 
 def attention(
@@ -197,6 +198,50 @@ def decode_attention(
   return impl.choose("decode_attention", implementation, kernel, definition)
 
 
+def cache_attention(
+  q: jax.Array,
+  cache: jax.Array,
+  layer: jax.Array,
+  rows: jax.Array,
+  starts: jax.Array,
+  stops: jax.Array,
+  *,
+  layout: Layout,
+  scale: float,
+  implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+  """Attention of one token each over any row of a cache; parts of one token's context
+  are merged by their log-sum-exp (`kernels.base2.merge`). Of one device's arrays.
+
+  Args:
+    q: [R, H, d], d = layout.key_width.
+    cache: [N, M, S, L].
+    layer: [] int32, which of the N.
+    rows: [R] int32, which of the M each query reads.
+    starts, stops: [R] int32; slots starts .. stops - 1 of that row are seen.
+    layout: where keys and values lie in an entry.
+    scale: of the scores.
+    implementation: one of implementation.NAMES.
+
+  Returns:
+    ([R, H, dv] float32, log-sum-exp [R, H] float32): 0 and -inf where nothing is seen.
+
+  Raises:
+    NotImplementedError: the kernel that was asked for cannot serve the shape.
+  """
+  ops_checks.scale(scale)
+  args = q, cache, jnp.asarray(layer), rows, starts, stops
+
+  def kernel(body, interpret):
+    how = dict(layout=layout, scale=scale, body=body, interpret=interpret)
+    return decoding.part(*args, **how)
+
+  def definition():
+    return _part(*args, layout=layout, scale=scale)
+
+  return impl.choose("cache_attention", implementation, kernel, definition)
+
+
 def grouped_matmul(
   x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, implementation: str = "auto"
 ) -> jax.Array:
@@ -296,6 +341,25 @@ def _decode(
   out += jnp.einsum("bghns,bgshv->bghnv", weights[..., length:], values[1])
   out = jnp.where(mask.any(axis=4, keepdims=True), out, 0)
   return out[..., : layout.value_width].reshape(b, g, heads, -1)
+
+
+def _part(q, cache, layer, rows, starts, stops, *, layout: Layout, scale: float):
+  (r, heads, d), h = q.shape, layout.kv_heads
+  held = jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)[rows]  # R S L
+  held = held.reshape(r, -1, h, layout.stride)
+  keys = held[..., :d]
+  values = held[..., layout.value_start : layout.value_start + layout.value_width]
+  q, f32 = q.reshape(r, h, heads // h, d), dict(preferred_element_type=jnp.float32)
+  scores = jnp.einsum("rhnd,rshd->rhns", q, keys, **f32) * scale
+  slots = jnp.arange(cache.shape[2])[None]
+  seen = (slots >= starts[:, None]) & (slots < stops[:, None])  # R S
+  scores = jnp.where(seen[:, None, None], scores, base2.MASKED)
+  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+  out = jnp.einsum("rhns,rshv->rhnv", weights, values, **f32)
+  some = seen.any(axis=1)[:, None, None]
+  lse = jnp.where(some, jax.nn.logsumexp(scores, axis=-1), -jnp.inf)
+  out = jnp.where(some[..., None], out, 0.0)
+  return out.reshape(r, heads, -1), lse.reshape(r, heads)
 
 
 def cache_slots(tokens: int, implementation: str = "auto") -> int:

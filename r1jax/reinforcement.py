@@ -2,6 +2,7 @@
 evaluations and checkpoints on the way. R1-Zero and every RL stage of R1 run it."""
 
 from collections.abc import Callable, Iterator
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,6 +21,7 @@ from r1jax import (
 )
 from r1jax.checkpoint import Checkpoints
 from r1jax.data import problems
+from r1jax.errors import NumericalError
 from r1jax.evals import generate
 from r1jax.evaluator import Evaluator
 from r1jax.optimizer import make_optimizer
@@ -148,7 +150,7 @@ def make_step(this: Run, window: int, state, batch, key) -> Any:
   parts = dict(
     policy=this.policy,
     optimizer=make_optimizer(settings.optimizer_config(c)),
-    config=settings.step_config(c, window),
+    config=dataclasses.replace(settings.step_config(c, window), stop=this.stop),
     stop_ids=this.stop_ids,
     pad_id=this.tokenizer.pad_id,
   )
@@ -157,6 +159,7 @@ def make_step(this: Run, window: int, state, batch, key) -> Any:
   if c.segment_tokens:
     pieces = segments.make_segments(
       segment_tokens=c.segment_tokens,
+      ahead=this.host_reward.ahead if this.host_reward else None,
       state_shardings=layout,
       reward_fn=judged(this, this.judges),
       **parts,
@@ -182,6 +185,22 @@ def judged(this: Run, judges: Any) -> Any:
   return functools.partial(this.reward, judges=judges)
 
 
+def broken_off(this: Run, step: int, said: rollout.Rollout, share: float) -> str:
+  """What is known of a rollout whose logits were not finite."""
+  text = f"the rollout before update {step} was broken off: logits are not finite"
+  for row, sample in np.argwhere(np.asarray(said.nonfinite))[:1]:
+    norms = ", ".join(f"{x:.3g}" for x in np.asarray(said.norms)[row, sample])
+    text += (
+      f" at token {int(said.lengths[row, sample])} of output {sample} of row {row};"
+      f" norms of the layers' outputs there, from the first on: {norms}"
+    )
+  return (
+    f"{text}. The checkpoints before hold finite numbers, or the base does not: lower"
+    " config.optimizer.learning_rate, or look at the weights that the run began with"
+    f" ({this.workdir})."
+  )
+
+
 def record(
   this: Run, step: int, said: rollout.Rollout, figures: dict, trace: diagnostics.Trace
 ) -> None:
@@ -194,6 +213,8 @@ def record(
   figures = {name: float(value) for name, value in figures.items()}
   drawn = figures["waves"] * this.config.prompts * this.config.grpo.group_size
   figures["samples"] = drawn
+  if figures["nonfinite"]:
+    raise NumericalError(broken_off(this, step, said, figures["nonfinite"]))
   for sentence in diagnostics.alarms(figures, this.config.reward.alarm):
     this.progress.say(f"update {step}: {sentence}")
   counted = [generate.reflections(t) for t in texts]

@@ -5,13 +5,14 @@ import dataclasses
 import functools
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 import numpy as np
 
 from r1jax import settings, sharding, train_state
+from r1jax.checkpoint import Checkpoints
 from r1jax.data import corpus
 from r1jax.data import world as worlds
 from r1jax.data.problem import Problem
@@ -28,6 +29,7 @@ from r1jax.rewards.in_graph import Rewards
 from r1jax.rewards.rules import file_digests, load_rules
 from r1jax.rewards.scorer import Scorer
 from r1jax.rollout import Rollout
+from r1jax.stopping import StopStrings
 
 
 @dataclasses.dataclass
@@ -62,6 +64,11 @@ class Run:
       self.tokenizer.eos_id,
       *([answer] if self.config.data.stop_on_answer else []),
     )
+
+  @property
+  def stop(self) -> StopStrings | None:
+    """The strings that end an output."""
+    return StopStrings.of(self.config.data.stop, self.tokenizer)
 
   def close(self) -> None:
     """Ends the reward's workers."""
@@ -236,6 +243,47 @@ def make_pages(
     facts_a_page=p.facts_a_page,
     seed=config.seed,
   )
+
+
+class Kept(NamedTuple):
+  """What a run has left that speaks."""
+
+  config: ConfigDict
+  tokenizer: Tokenizer
+  policy: Policy
+  params: Any
+  router: Any
+
+
+def load(workdir: pathlib.Path, *, base: bool = False) -> Kept:
+  """The newest policy of a run of R1-Zero or PPO.
+
+  Args:
+    workdir: its folder.
+    base: the base, before RL.
+
+  Raises:
+    UserError: no run there, or it has no checkpoint yet.
+  """
+  if not (workdir / "config.json").exists():
+    raise UserError(
+      f"{workdir} is not the folder of a run (it has no config.json). Train one: python"
+      " -m experiments.r1_zero; then name its folder with --from=FOLDER."
+    )
+  config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+  tokenizer = Tokenizer.load(workdir / "tokenizer.model")
+  phase = workdir / "checkpoints" / ("pretrain" if base else "rl")
+  checkpoints = Checkpoints(phase) if phase.exists() else None
+  step = checkpoints and checkpoints.latest()
+  if step is None:
+    raise UserError(
+      f"{phase} holds no checkpoint yet: the run has not come that far. Wait for it, or"
+      + (" leave --base out." if base else " give --base for the policy before RL.")
+    )
+  params, router = checkpoints.weights(step)
+  checkpoints.close()
+  policy = Policy(settings.policy_config(config, tokenizer.vocab))
+  return Kept(config, tokenizer, policy, params, router)
 
 
 def compiled(this: Run, function, *args, donate: tuple[int, ...] = (), **jit) -> Any:

@@ -10,7 +10,10 @@ import dataclasses
 import functools
 from typing import Any
 
+from flax import struct
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from r1jax import diagnostics, dynamic_sampling, grpo
@@ -19,8 +22,26 @@ from r1jax.models.policy import Policy
 from r1jax.prompts import PromptBatch
 from r1jax.rewards.in_graph import Rewards
 from r1jax.rollout import Rollout
-from r1jax.support import truncates
+from r1jax.sampling import Sampler
+from r1jax.slots import Decoding
 from r1jax.train_state import TrainState
+
+
+@struct.dataclass
+class Seen:
+  """What the host looks at after a segment of a rollout."""
+
+  running: jax.Array  # [] bool
+  over: jax.Array  # B G bool, outputs to which nothing is added any more
+  lengths: jax.Array  # B G int32
+  tokens: jax.Array  # B G T int32
+
+  @classmethod
+  def of(cls, carry: Decoding) -> "Seen":
+    o = carry.outputs
+    over = o.ended | o.starved | (o.lengths >= o.limits)
+    # A copy of the tokens: those of the carry are given to the next segment.
+    return cls(carry.running, over, jnp.copy(o.lengths), jnp.copy(o.tokens))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +58,7 @@ class Segments:
   trace: Callable
   config: grpo.GRPOConfig
   segment_tokens: int
+  ahead: Callable | None
 
   def __call__(
     self, state: TrainState, prompts: PromptBatch, key: jax.Array
@@ -48,7 +70,7 @@ class Segments:
     for i in range(self.config.minibatches):
       state, *figures = self.update(state, jax.tree.map(lambda x, i=i: x[i], rows))
       updates.append(figures)
-    per_update, per_token = jax.tree.map(lambda *x: jax.numpy.stack(x), *updates)
+    per_update, per_token = jax.tree.map(lambda *x: jnp.stack(x), *updates)
     metrics = {**metrics, **diagnostics.over_updates(per_update)}
     return state, slots.rollout.spoken(), metrics, self.trace(rows, per_token)
 
@@ -67,12 +89,31 @@ class Segments:
     return slots
 
   def _rollout(self, state, prompts, earlier, key) -> Rollout:
-    carry = self.start(state, prompts)
-    limit = 0
-    while limit < self.config.max_tokens and not carry.done.all():
-      limit = min(limit + self.segment_tokens, self.config.max_tokens)
-      carry = self.advance(state, prompts, carry, key, earlier, limit)
+    carry, seen = self.start(state, prompts, key, earlier)
+    limit, told = 0, set()
+    while seen.running:
+      limit += self.segment_tokens
+      carry, following = self.advance(state, carry, limit)  # it works while we go on
+      if self.ahead:
+        self._tell(prompts.ids, seen, told)
+      seen = following
     return rollout_lib.finish(carry)
+
+  def _tell(self, ids: jax.Array, seen: "Seen", told: set) -> None:
+    """Hands the outputs that are over, and were not before, to the host's rewards."""
+    new_ids, outputs = [], []
+    parts = (ids, seen.over, seen.lengths, seen.tokens)
+    for shards in zip(*(x.addressable_shards for x in parts), strict=True):
+      first = shards[1].index[0].start or 0
+      of, over, lengths, tokens = (np.asarray(shard.data) for shard in shards)
+      for row, sample in np.argwhere(over):
+        place = first + int(row), int(sample)
+        if place not in told:
+          told.add(place)
+          new_ids.append(int(of[row]))
+          outputs.append(tokens[row, sample, : lengths[row, sample]])
+    if outputs:
+      self.ahead(new_ids, outputs)
 
 
 def make_segments(
@@ -84,13 +125,16 @@ def make_segments(
   stop_ids: tuple[int, ...],
   pad_id: int,
   segment_tokens: int,
+  ahead: Callable | None = None,
   state_shardings: Any = None,
 ) -> Segments:
   """Jits the pieces.
 
   Args:
     policy, optimizer, reward_fn, config, stop_ids, pad_id: as in `grpo.whole_step`.
-    segment_tokens: how many tokens a program decodes.
+    segment_tokens: how many tokens a slot decodes in a program.
+    ahead: (problems' ids, outputs' tokens) is called with the outputs that a segment
+      has finished, while the next one runs: HostReward.ahead.
     state_shardings: how an updated state is laid out; None leaves it to the compiler.
   """
   c = config
@@ -102,34 +146,18 @@ def make_segments(
     batch = pool.ids.shape[0] // c.objective.pool
     return dynamic_sampling.wave_of((pool, earlier), i, batch)
 
-  def start(state: TrainState, prompts: PromptBatch) -> Any:
-    return rollout_lib.start(
-      policy,
-      state.params,
-      state.router,
-      prompts,
-      group_size=c.group_size,
-      max_tokens=c.max_tokens,
-      pad_id=pad_id,
-      truncated_support=truncates(c.top_k, c.top_p),
-    )
+  sampler = Sampler(**c.sampling(stop_ids=stop_ids, pad_id=pad_id))
 
-  def advance(state, prompts, carry, key, earlier, limit):
-    return rollout_lib.advance(
-      policy,
-      state.params,
-      state.router,
-      prompts,
-      carry,
-      grpo.key_of(key, state.step, grpo.ROLLOUT),
-      limit,
-      temperature=c.temperature,
-      stop_ids=stop_ids,
-      pad_id=pad_id,
-      top_k=c.top_k,
-      top_p=c.top_p,
-      earlier=earlier,
-    )
+  def start(state: TrainState, prompts: PromptBatch, key, earlier) -> Any:
+    key = grpo.key_of(key, state.step, grpo.ROLLOUT)
+    weights = policy, state.params, state.router
+    carry = rollout_lib.start(*weights, prompts, key, sampler, earlier=earlier)
+    return carry, Seen.of(carry)
+
+  def advance(state: TrainState, carry, limit) -> Any:
+    weights = policy, state.params, state.router
+    carry = rollout_lib.advance(*weights, carry, limit, sampler)
+    return carry, Seen.of(carry)
 
   def score(prompts, rollout):
     return dynamic_sampling.all_of(prompts, rollout, reward_fn(prompts, rollout))
@@ -144,7 +172,7 @@ def make_segments(
   return Segments(
     wave=jax.jit(wave),
     start=jax.jit(start),
-    advance=jax.jit(advance, donate_argnums=2),
+    advance=jax.jit(advance, donate_argnums=1),
     score=jax.jit(score),
     fill=jax.jit(fill, donate_argnums=0),
     experience=jax.jit(experience),
@@ -152,4 +180,5 @@ def make_segments(
     trace=jax.jit(trace),
     config=c,
     segment_tokens=segment_tokens,
+    ahead=ahead,
   )

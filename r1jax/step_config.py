@@ -1,10 +1,13 @@
 """The settings of a step that GRPO and PPO share, and the rules they obey."""
 
 import dataclasses
+from typing import Any
 
 from r1jax import support
 from r1jax.errors import UserError
 from r1jax.objective import Objective
+from r1jax.sampling import Sampler
+from r1jax.stopping import StopStrings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +21,11 @@ class StepConfig:
   temperature: float = 1.0
   top_k: int = 0  # sample from the k most likely tokens; 0: from all
   top_p: float = 1.0  # sample from the nucleus of this probability; 1: from all
+  min_p: float = 0.0  # and from tokens this times as likely as the likeliest; 0: all
+  slots: int = 0  # outputs that decode at once; 0: all of them
+  cache_tokens: int = 0  # of outputs that the cache may hold; 0: no bound
+  speculative: str = "off"  # "on": draft tokens by the MTP module; "auto" (Sampler)
+  stop: StopStrings | None = None  # strings that end an output
   keep_sampling_mask: bool = True  # the ratio is taken over the sampled support
   reference_refresh: int = 400  # updates; 0 never
   router_bias_rate: float = 0.001  # of the aux-loss-free balance
@@ -45,15 +53,22 @@ class StepConfig:
         f"config.grpo.temperature={self.temperature} must be above 0 and top_k="
         f"{self.top_k} not 1; a group of greedy outputs is one output G times."
       )
-    support.check(self.top_k, self.top_p)
-    if support.truncates(self.top_k, self.top_p) and not self.keep_sampling_mask:
+    bounds = self.top_k, self.top_p, self.min_p
+    if support.truncates(*bounds) and not self.keep_sampling_mask:
       raise UserError(
         f"config.grpo.keep_sampling_mask=False with top_k={self.top_k},"
-        f" top_p={self.top_p}: probabilities over the whole vocabulary are not those"
-        " that were sampled from, so every ratio would be wrong. Keep the mask, or"
-        " sample with top_k=0 and top_p=1."
+        f" top_p={self.top_p}, min_p={self.min_p}: probabilities over the whole"
+        " vocabulary are not those that were sampled from, so every ratio would be"
+        " wrong. Keep the mask, or sample with top_k=0, top_p=1 and min_p=0."
       )
+    Sampler(**self.sampling(pad_id=0))
     self.objective.overlong_tokens(self.max_tokens)
+
+  def sampling(self, **more: Any) -> dict[str, Any]:
+    """The settings of the rollout, for `rollout.sample`."""
+    names = ("group_size", "max_tokens", "temperature", "top_k", "top_p", "min_p")
+    names += ("slots", "cache_tokens", "speculative", "stop")
+    return {name: getattr(self, name) for name in names} | more
 
   @property
   def bias_rate(self) -> float:

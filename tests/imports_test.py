@@ -12,11 +12,12 @@ RANKS = [
     "r1jax.errors",
     "r1jax.kernels r1jax.sharding r1jax.data.tokenizer r1jax.data.problem",
     "r1jax.implementation r1jax.ops_checks r1jax.ahead_of_time r1jax.support"
+    " r1jax.levels r1jax.stopping"
     " r1jax.rewards",
     "r1jax.ops r1jax.vocabulary",
-    "r1jax.models",
-    "r1jax.objective r1jax.train_state r1jax.optimizer",
-    "r1jax.step_config",
+    "r1jax.models r1jax.sampling",
+    "r1jax.objective r1jax.train_state r1jax.optimizer r1jax.slots",
+    "r1jax.step_config r1jax.speculative",
     "r1jax.prompts r1jax.rollout r1jax.dynamic_sampling r1jax.experience"
     " r1jax.advantages",
     "r1jax.policy_loss r1jax.moe_losses r1jax.diagnostics",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax import experience, prompts, rollout
+from r1jax import experience, prompts, rollout, sampling
 from r1jax.models import config, moe, policy
 from r1jax.models.mla import Sequence
 
@@ -54,7 +54,7 @@ def sample(
   return _sample(weights, batch, key, temperature, group, length, stops)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _sample(weights, batch, key, temperature, group, length, stops):
   return rollout.sample(
     NETWORK,
@@ -69,30 +69,19 @@ def _sample(weights, batch, key, temperature, group, length, stops):
   )
 
 
+def settings(stops=STOPS, **more):
+  how = dict(group_size=GROUP, max_tokens=LENGTH, pad_id=PAD) | more
+  return sampling.Sampler(stop_ids=stops, **how)
+
+
 @jax.jit
-def start(weights, batch):
-  return rollout.start(
-    NETWORK, *weights, batch, group_size=GROUP, max_tokens=LENGTH, pad_id=PAD
-  )
+def start(weights, batch, key):
+  return rollout.start(NETWORK, *weights, batch, key, settings())
 
 
-def advance(weights, batch, carry, key, limit, *, stops=STOPS):
-  return _advance(weights, batch, carry, key, limit, stops)
-
-
-@functools.partial(jax.jit, static_argnums=5)
-def _advance(weights, batch, carry, key, limit, stops):
-  return rollout.advance(
-    NETWORK,
-    *weights,
-    batch,
-    carry,
-    key,
-    limit,
-    temperature=1.0,
-    stop_ids=stops,
-    pad_id=PAD,
-  )
+@functools.partial(jax.jit, static_argnames="stops")
+def advance(weights, carry, limit, *, stops=STOPS):
+  return rollout.advance(NETWORK, *weights, carry, limit, settings(stops))
 
 
 @jax.jit
@@ -177,16 +166,16 @@ def test_rows_of_a_group_and_keys_draw_differently(key, random_weights):
 
 def test_segments_of_a_rollout_equal_the_whole_bit_for_bit(key, random_weights):
   weights, batch = random_weights(NETWORK), batch_of(ROWS)
-  carry = start(weights, batch)
+  carry = start(weights, batch, key)
   for limit in (1, 4, 4, 9, LENGTH + 7):
-    carry = advance(weights, batch, carry, key, limit)
-    assert int(carry.t) <= min(limit, LENGTH)
+    carry = advance(weights, carry, limit)
+    assert int(carry.step) <= min(limit, LENGTH)
   assert_equal_trees(rollout.finish(carry), sample(weights, batch, key))
 
 
 def test_a_rollout_cut_short_holds_the_beginning_of_the_whole(key, random_weights):
   weights, batch = random_weights(NETWORK), batch_of(ROWS)
-  part = rollout.finish(advance(weights, batch, start(weights, batch), key, 2))
+  part = rollout.finish(advance(weights, start(weights, batch, key), 2))
   whole = sample(weights, batch, key)
   np.testing.assert_array_equal(part.mask[..., :2], whole.mask[..., :2])
   np.testing.assert_array_equal(part.tokens[..., :2], whole.tokens[..., :2])
@@ -197,11 +186,11 @@ def test_a_rollout_cut_short_holds_the_beginning_of_the_whole(key, random_weight
 def test_the_loop_ends_with_the_last_row(key, random_weights):
   weights, batch = random_weights(NETWORK), batch_of(ROWS)
   every = tuple(range(VOCAB))
-  carry = start(weights, batch)
-  assert int(carry.t) == 0 and not carry.done.any()
-  carry = advance(weights, batch, carry, key, LENGTH, stops=every)
-  assert int(carry.t) == 1 and carry.done.all()
-  again = advance(weights, batch, carry, jax.random.key(1), LENGTH, stops=every)
+  carry = start(weights, batch, key)
+  assert int(carry.step) == 0 and carry.running
+  carry = advance(weights, carry, LENGTH, stops=every)
+  assert int(carry.step) == 1 and not carry.running
+  again = advance(weights, carry, 2 * LENGTH, stops=every)
   assert_equal_trees(again, carry)
   drawn = rollout.finish(carry)
   np.testing.assert_array_equal(drawn.lengths, np.ones((len(ROWS), GROUP)))
@@ -210,16 +199,20 @@ def test_the_loop_ends_with_the_last_row(key, random_weights):
 
 def test_the_loop_runs_as_long_as_its_longest_row(key, random_weights):
   weights, batch = random_weights(NETWORK), batch_of(ROWS)
-  carry = advance(weights, batch, start(weights, batch), key, LENGTH)
-  assert int(carry.t) == int(rollout.finish(carry).lengths.max())
+  carry = advance(weights, start(weights, batch, key), 3 * LENGTH)
+  assert int(carry.step) == int(rollout.finish(carry).lengths.max())
 
 
-def test_a_group_shares_the_prefill_of_its_prompt(random_weights):
-  carry = jax.eval_shape(start, random_weights(NETWORK), batch_of(ROWS))
-  c = NETWORK.config
-  entry = c.kv_latent + c.rope_dim
-  assert carry.prefix.shape == (c.layers, len(ROWS), WINDOW, entry)
-  assert carry.suffix.shape == (c.layers, len(ROWS), GROUP, LENGTH, entry)
+def test_a_group_shares_the_prefill_of_its_prompt(key, random_weights):
+  carry = jax.eval_shape(start, random_weights(NETWORK), batch_of(ROWS), key)
+  c, outputs = NETWORK.config, len(ROWS) * GROUP
+  assert len(carry.cache.prompts) == len(carry.cache.own) == c.layers
+  for keys, values in carry.cache.prompts:
+    assert keys.shape == (len(ROWS), 1, c.kv_latent + c.rope_dim, WINDOW)
+    assert values.shape == (len(ROWS), 1, WINDOW, c.kv_latent)
+  for levels in carry.cache.own:
+    assert [k.shape[3] for k, _ in levels] == [LENGTH]
+    assert all(len(k) == len(v) == outputs for k, v in levels)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -287,7 +280,7 @@ FRESH = np.zeros(len(ROWS), np.int32)  # no problem stood there before
 TWO = golden.tiny_policy(layers=2, experts=6, active_experts=2)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def recorded(weights, batch, temperature, top_k=0, top_p=1.0, earlier=FRESH):
   return rollout.sample(
     TWO,
@@ -373,36 +366,20 @@ def test_truncated_segments_equal_the_whole_bit_for_bit(random_weights):
   """Support and experts included."""
   weights, batch = random_weights(TWO), batch_of(ROWS)
 
-  @jax.jit
-  def begin(weights, batch):
-    return rollout.start(
-      TWO,
-      *weights,
-      batch,
-      group_size=4,
-      max_tokens=LENGTH,
-      pad_id=PAD,
-      truncated_support=True,
-    )
+  s = settings(group_size=4, temperature=0.7, top_k=3)
 
   @jax.jit
-  def go_on(weights, batch, carry, temperature, limit):
-    return rollout.advance(
-      TWO,
-      *weights,
-      batch,
-      carry,
-      jax.random.key(3),
-      limit,
-      temperature=temperature,
-      stop_ids=STOPS,
-      pad_id=PAD,
-      top_k=3,
-    )
+  def begin(weights, batch):
+    key = jax.random.key(3)
+    return rollout.start(TWO, *weights, batch, key, s, earlier=FRESH)
+
+  @jax.jit
+  def go_on(weights, carry, limit):
+    return rollout.advance(TWO, *weights, carry, limit, s)
 
   carry = begin(weights, batch)
   for limit in (1, 4, 9, LENGTH):
-    carry = go_on(weights, batch, carry, 0.7, limit)
+    carry = go_on(weights, carry, limit)
   whole = recorded(weights, batch, 0.7, 3, 1.0)
   assert_equal_trees(rollout.finish(carry), whole)
 

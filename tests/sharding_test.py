@@ -10,6 +10,7 @@ from r1jax import experience, grpo, rollout, sharding, train_state
 from r1jax.errors import UserError
 from r1jax.objective import Objective
 from r1jax.optimizer import OptimizerConfig, make_optimizer
+from r1jax.sampling import Sampler
 
 POLICIES = {moe: golden.tiny_policy(moe=moe) for moe in ("dense", "ragged")}
 # A large eps: AdamW's first step is lr * sign(g) otherwise, which turns the rounding of
@@ -163,27 +164,21 @@ def test_rows_of_a_rollout_and_of_minibatches_are_cut_from_the_start():
   with jax.set_mesh(mesh):
     batch = jax.device_put(golden.prompt_batch(8), sharding.batch_sharding(mesh))
 
+    settings = Sampler(group_size=4, max_tokens=6, pad_id=0, slots=16, top_k=3)
+
     def start(params, router, batch):
-      return rollout.start(
-        policy,
-        params,
-        router,
-        batch,
-        group_size=4,
-        max_tokens=6,
-        pad_id=0,
-        truncated_support=True,
-      )
+      key = jax.random.key(0)
+      return rollout.start(policy, params, router, batch, key, settings)
 
     carry = jax.jit(start)(params, router, batch)
     rows = {"x": jax.device_put(np.zeros((64, 3)), sharding.batch_sharding(mesh))}
     parts = jax.jit(experience.shuffled, static_argnums=2)(rows, jax.random.key(0), 2)
-  for name in ("tokens", "logprobs", "done", "hidden", "support"):
-    x = getattr(carry, name)
-    assert x.addressable_shards[0].data.shape == (1, *x.shape[1:]), name
-  for name in ("prefix", "suffix", "experts", "prompt_experts"):
-    x = getattr(carry, name)
-    shard = x.addressable_shards[0].data.shape
-    assert shard == (x.shape[0], 1, *x.shape[2:]), name
+  assert carry.slots.output.shape == (16,) and carry.outputs.support is not None
+  whole = carry.outputs, carry.prompts, carry.slots, carry.cache, carry.begun
+  for path, x in jax.tree_util.tree_leaves_with_path(whole):
+    shard, where = x.addressable_shards[0].data.shape, jax.tree_util.keystr(path)
+    assert shard == (x.shape[0] // 8, *x.shape[1:]), where
+  x = carry.prompt_experts
+  assert x.addressable_shards[0].data.shape == (x.shape[0], 1, *x.shape[2:])
   assert parts["x"].shape == (2, 32, 3)
   assert parts["x"].addressable_shards[0].data.shape == (2, 4, 3)

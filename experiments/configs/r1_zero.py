@@ -73,6 +73,7 @@ def tiny() -> ConfigDict:
   c.data.template = "short"  # or "r1_zero", Table 1 of the paper
   c.data.prefill_think = False  # end the prompt with <think>
   c.data.stop_on_answer = False  # stop a completion at </answer>
+  c.data.stop = ()  # strings that end a completion, as in ("</answer>",)
 
   # -- the base: pre-training on the task's pages
   c.pretrain = ConfigDict()
@@ -113,6 +114,10 @@ def tiny() -> ConfigDict:
   c.grpo.temperature = 1.0
   c.grpo.top_k = 0  # sample from the k most likely tokens; 0: from all
   c.grpo.top_p = 1.0  # sample from the nucleus of this probability; 1: from all
+  c.grpo.min_p = 0.0  # and from tokens this times as likely as the likeliest; 0: all
+  c.grpo.slots = 0  # outputs that decode at once; 0: all of them
+  c.grpo.cache_tokens = 0  # of outputs that the cache may hold; 0: no bound
+  c.grpo.speculative = "off"  # "on": drafts by the MTP module; "auto": where it pays
   c.grpo.keep_sampling_mask = True  # the ratio is taken over the sampled support
   c.grpo.reference_refresh = 40  # updates
   c.grpo.router_bias_rate = 1e-3

@@ -86,6 +86,15 @@ class Tokenizer:
     """The name of a token, also where it has no text, such as `</s>`."""
     return self._sp.id_to_piece(token)
 
+  def bytes_of(self, token: int) -> bytes:
+    """What a token adds to a text; nothing for padding, BOS and EOS."""
+    if self._sp.is_control(token) or self._sp.is_unknown(token) or token == self.pad_id:
+      return b""
+    piece = self._sp.id_to_piece(token)
+    if self._sp.is_byte(token):
+      return bytes([int(piece[1:-1], 16)])
+    return piece.replace("\u2581", " ").encode()
+
   def id(self, piece: str) -> int:
     """The id of a symbol such as `<think>`."""
     return self._sp.piece_to_id(piece)

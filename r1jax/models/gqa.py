@@ -3,14 +3,17 @@
 A token leaves one cache entry: for each key head its key after RoPE and its value.
 """
 
+from typing import Any
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
 from r1jax import ops
+from r1jax.models import cache
 from r1jax.models.config import PolicyConfig
 from r1jax.models.layers import RMSNorm, apply_rope, weight
-from r1jax.models.mla import DecodeStep, Sequence
+from r1jax.models.mla import Sequence
 
 
 class GQA(nn.Module):
@@ -45,16 +48,16 @@ class GQA(nn.Module):
     heads = jnp.einsum("btd,dhk->bthk", x, w.astype(x.dtype))
     return heads if b is None else heads + b.astype(x.dtype)[None, None]
 
-  def _queries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+  def _queries(self, x: jax.Array, turns: jax.Array) -> jax.Array:
     q = self._project(x, *self.to_q)
     q = q if self.q_norm is None else self.q_norm(q)
-    return apply_rope(q, positions, self.config, "halves")
+    return apply_rope(q, turns, "halves")
 
-  def _keys_and_values(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+  def _keys_and_values(self, x: jax.Array, turns: jax.Array) -> jax.Array:
     """[B, T, Hk, 2, K]: the keys after RoPE, the values."""
     k, v = self._project(x, *self.to_k), self._project(x, *self.to_v)
     k = k if self.k_norm is None else self.k_norm(k)
-    return jnp.stack([apply_rope(k, positions, self.config, "halves"), v], axis=3)
+    return jnp.stack([apply_rope(k, turns, "halves"), v], axis=3)
 
   def _output(self, heads: jax.Array) -> jax.Array:
     return jnp.einsum("bthk,hkd->btd", heads, self.w_o.astype(heads.dtype))
@@ -70,7 +73,7 @@ class GQA(nn.Module):
       ([B, T, D] output, [B, T, L] cache entries).
     """
     c = self.config
-    q, kv = self._queries(x, seq.positions), self._keys_and_values(x, seq.positions)
+    q, kv = self._queries(x, seq.turns), self._keys_and_values(x, seq.turns)
     out, _ = ops.attention(
       q,
       kv[:, :, :, 0],
@@ -85,25 +88,32 @@ class GQA(nn.Module):
   def decode(
     self,
     x: jax.Array,
-    at: DecodeStep,
-    prefix: jax.Array,
-    suffix: jax.Array,
-    layer: jax.Array,
-  ) -> tuple[jax.Array, jax.Array]:
-    """Attention of one new token a row.
+    at: cache.DecodeStep,
+    prompts: Any,
+    own: tuple,
+    layer: jax.Array | None,
+  ) -> tuple[jax.Array, tuple]:
+    """Attention of the new tokens.
 
     Args:
-      x: [B, G, D].
+      x: [S, Q, D].
       at: where the tokens stand.
-      prefix: [N, B, P, L], all layers' prompt caches.
-      suffix: [N, B, G, S, L], and those of the rows' own tokens.
-      layer: [] int32, which of the N.
+      prompts, own, layer: as in cache.attend.
 
     Returns:
-      ([B, G, D] output, suffix with the new entries written).
+      ([S, Q, D] output, own with the new entries).
     """
     c = self.config
-    q, kv = self._queries(x, at.positions), self._keys_and_values(x, at.positions)
-    suffix = at.written(suffix, layer, kv.reshape(*x.shape[:2], c.cache.width))
-    out = at.attend(q, prefix, suffix, layer, config=c, scale=c.head_dim**-0.5)
-    return self._output(out), suffix
+    q, kv = self._queries(x, at.turns), self._keys_and_values(x, at.turns)
+    out, own = cache.attend(
+      at,
+      q,
+      kv.reshape(*x.shape[:2], c.cache.width),
+      prompts,
+      own,
+      layer,
+      layout=c.cache,
+      scale=c.head_dim**-0.5,
+      implementation=c.implementation,
+    )
+    return self._output(out), own

@@ -98,30 +98,40 @@ def attention_scale(config: PolicyConfig) -> float:
   return scale
 
 
-def apply_rope(
-  x: jax.Array, positions: jax.Array, config: PolicyConfig, pairing: str = "neighbours"
-) -> jax.Array:
-  """Turns pairs of channels by position * f_j.
+def rope_turns(positions: jax.Array, config: PolicyConfig) -> jax.Array:
+  """(cos, sin) of position * f_j, [2, ..., R/2] float32: the same for all layers.
 
   Args:
-    x: [..., R] with positions.ndim leading axes, or one more for heads before R.
     positions: [...] int32.
-    config: theta, and the context extension.
-    pairing: "neighbours": (x_2j, x_2j+1), DeepSeek's; "halves": (x_j, x_j+R/2), Llama's
-      and Qwen's.
+    config: theta, the width that turns (R, or K of grouped queries), the extension.
   """
-  f = rope_frequencies(x.shape[-1], config.rope_theta, config.yarn or config.llama3)
+  width = config.rope_dim or config.head_dim
+  f = rope_frequencies(width, config.rope_theta, config.yarn or config.llama3)
   angle = positions.astype(jnp.float32)[..., None] * f.reshape(
     (1,) * positions.ndim + (-1,)
   )
-  if x.ndim == positions.ndim + 2:
-    angle = angle[..., None, :]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   if config.yarn is not None and config.yarn.mscale != config.yarn.mscale_all_dim:
     y, log = config.yarn, math.log(config.yarn.factor)
     m = (0.1 * y.mscale * log + 1.0) / (0.1 * y.mscale_all_dim * log + 1.0)
     cos, sin = cos * m, sin * m
-  wide = x.astype(jnp.float32)
+  return jnp.stack([cos, sin])
+
+
+def apply_rope(
+  x: jax.Array, turns: jax.Array, pairing: str = "neighbours"
+) -> jax.Array:
+  """Turns pairs of channels.
+
+  Args:
+    x: [..., R], or [..., heads, R].
+    turns: [2, ..., R/2] of `rope_turns`.
+    pairing: "neighbours": (x_2j, x_2j+1), DeepSeek's; "halves": (x_j, x_j+R/2), Llama's
+      and Qwen's.
+  """
+  if x.ndim == turns.ndim:
+    turns = turns[..., None, :]
+  (cos, sin), wide = turns, x.astype(jnp.float32)
   if pairing == "halves":
     a, b = jnp.split(wide, 2, axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)

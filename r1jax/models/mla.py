@@ -5,12 +5,15 @@ shared by all heads. Training materialises keys and values from the latents; dec
 folds the up-projections into query and output instead ("absorbed"): the same numbers.
 """
 
+from typing import Any
+
 from flax import linen as nn
 from flax import struct
 import jax
 import jax.numpy as jnp
 
 from r1jax import ops
+from r1jax.models import cache
 from r1jax.models.config import PolicyConfig
 from r1jax.models.layers import RMSNorm, apply_rope, attention_scale, weight
 
@@ -23,42 +26,13 @@ class Sequence:
   # B T int32; 0 is padding; a token sees its own segment only, whose number must not
   # return later in the row.
   segments: jax.Array
+  turns: jax.Array | None = None  # 2 B T R/2, layers.rope_turns; the policy fills it in
 
   @classmethod
   def of_mask(cls, mask: jax.Array) -> "Sequence":
     """One page a row: positions count the real tokens. Args: mask [B, T] bool."""
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     return cls(positions=positions, segments=mask.astype(jnp.int32))
-
-
-@struct.dataclass
-class DecodeStep:
-  """Where the one new token of every row of every group stands."""
-
-  positions: jax.Array  # B G int32, for RoPE
-  prefix_starts: jax.Array  # B int32, the first slot of each prompt; it ends the prefix
-  slot: jax.Array  # [] int32, the suffix slot the token is written to
-
-  def written(self, suffix: jax.Array, layer: jax.Array, entry: jax.Array) -> jax.Array:
-    """The rows' own cache with the tokens' entries. Args: suffix [N, B, G, S, L], layer
-    [] int32, entry [B, G, L]."""
-    where = (layer, 0, 0, self.slot, 0)
-    return jax.lax.dynamic_update_slice(suffix, entry[None, :, :, None], where)
-
-  def attend(self, q, prefix, suffix, layer, *, config: PolicyConfig, scale: float):
-    """ops.decode_attention over the prompts and all that is written."""
-    return ops.decode_attention(
-      q,
-      prefix,
-      suffix,
-      layer,
-      self.prefix_starts,
-      jnp.full_like(self.prefix_starts, prefix.shape[2]),
-      jnp.broadcast_to(self.slot + 1, q.shape[:2]),
-      layout=config.cache,
-      scale=scale,
-      implementation=config.implementation,
-    )
 
 
 class MLA(nn.Module):
@@ -94,21 +68,21 @@ class MLA(nn.Module):
       2 * c.layers * c.heads * c.v_dim,
     )
 
-  def _queries(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def _queries(self, x: jax.Array, turns: jax.Array) -> tuple[jax.Array, jax.Array]:
     c, dtype = self.config, x.dtype
     if c.q_latent is None:
       q = jnp.einsum("...d,dhk->...hk", x, self.w_q.astype(dtype))
     else:
       latent = self.q_norm(x @ self.w_dq.astype(dtype))
       q = jnp.einsum("...q,qhk->...hk", latent, self.w_uq.astype(dtype))
-    return q[..., : c.nope_dim], apply_rope(q[..., c.nope_dim :], positions, c)
+    return q[..., : c.nope_dim], apply_rope(q[..., c.nope_dim :], turns)
 
-  def _entries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+  def _entries(self, x: jax.Array, turns: jax.Array) -> jax.Array:
     """Entries [..., C + R]: the kv latent after its norm, the key after RoPE."""
     c = self.config
     both = x @ self.w_dkv.astype(x.dtype)
     latent = self.kv_norm(both[..., : c.kv_latent])
-    rope_key = apply_rope(both[..., c.kv_latent :], positions, c)
+    rope_key = apply_rope(both[..., c.kv_latent :], turns)
     return jnp.concatenate([latent, rope_key], axis=-1)
 
   def _stored(self, entries: jax.Array) -> jax.Array:
@@ -127,8 +101,8 @@ class MLA(nn.Module):
       ([B, T, D] output, [B, T, L] cache entries).
     """
     c, dtype = self.config, x.dtype
-    q_nope, q_rope = self._queries(x, seq.positions)
-    entries = self._entries(x, seq.positions)
+    q_nope, q_rope = self._queries(x, seq.turns)
+    entries = self._entries(x, seq.turns)
     latent, rope_key = entries[..., : c.kv_latent], entries[..., c.kv_latent :]
     k_nope = jnp.einsum("bsc,chk->bshk", latent, self.w_uk.astype(dtype))
     v = jnp.einsum("bsc,chv->bshv", latent, self.w_uv.astype(dtype))
@@ -148,34 +122,34 @@ class MLA(nn.Module):
   def decode(
     self,
     x: jax.Array,
-    at: DecodeStep,
-    prefix: jax.Array,
-    suffix: jax.Array,
-    layer: jax.Array,
-  ) -> tuple[jax.Array, jax.Array]:
-    """Absorbed attention of one new token a row.
+    at: cache.DecodeStep,
+    prompts: Any,
+    own: tuple,
+    layer: jax.Array | None,
+  ) -> tuple[jax.Array, tuple]:
+    """Absorbed attention of the new tokens.
 
     Args:
-      x: [B, G, D].
+      x: [S, Q, D].
       at: where the tokens stand.
-      prefix: [N, B, P, L], all layers' prompt caches.
-      suffix: [N, B, G, S, L], and those of the rows' own tokens.
-      layer: [] int32, which of the N.
+      prompts, own, layer: as in cache.attend.
 
     Returns:
-      ([B, G, D] output, suffix with the new entries written).
+      ([S, Q, D] output, own with the new entries).
     """
     c, dtype = self.config, x.dtype
-    q_nope, q_rope = self._queries(x, at.positions)
-    suffix = at.written(suffix, layer, self._stored(self._entries(x, at.positions)))
-    q_latent = jnp.einsum("bghk,chk->bghc", q_nope, self.w_uk.astype(dtype))
-    out = at.attend(
+    q_nope, q_rope = self._queries(x, at.turns)
+    q_latent = jnp.einsum("sqhk,chk->sqhc", q_nope, self.w_uk.astype(dtype))
+    out, own = cache.attend(
+      at,
       jnp.concatenate([q_latent, q_rope], axis=-1),
-      prefix,
-      suffix,
+      self._stored(self._entries(x, at.turns)),
+      prompts,
+      own,
       layer,
-      config=c,
+      layout=c.cache,
       scale=attention_scale(c),
+      implementation=c.implementation,
     )
-    out = jnp.einsum("bghc,chv->bghv", out, self.w_uv.astype(dtype))
-    return jnp.einsum("bghv,hvd->bgd", out, self.w_o.astype(dtype)), suffix
+    out = jnp.einsum("sqhc,chv->sqhv", out, self.w_uv.astype(dtype))
+    return jnp.einsum("sqhv,hvd->sqd", out, self.w_o.astype(dtype)), own

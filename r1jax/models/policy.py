@@ -1,7 +1,7 @@
 """The policy: embedding, scanned pre-norm blocks, head, and the optional MTP module.
 
 One forward definition serves trainer and sampler: `__call__` runs whole sequences and
-returns the cache entries of every layer, `decode` runs one token a row on such a cache.
+returns the cache entries of every layer, `decode` runs new tokens on such a cache.
 """
 
 from flax import linen as nn
@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from r1jax import sharding, vocabulary
+from r1jax.models.cache import Cache, DecodeStep
 from r1jax.models.config import PolicyConfig
 from r1jax.models.gqa import GQA
-from r1jax.models.layers import RMSNorm, SwiGLU, weight
-from r1jax.models.mla import MLA, DecodeStep, Sequence
+from r1jax.models.layers import RMSNorm, SwiGLU, rope_turns, weight
+from r1jax.models.mla import MLA, Sequence
 from r1jax.models.moe import MoE
 
 
@@ -25,6 +26,18 @@ class Forward:
   load: dict  # {stack of MoE layers: [layers, E] float32}
   balance: jax.Array  # B float32, the sequence-wise balance loss, summed over layers
   experts: jax.Array | None  # N B T A int32, the router's choice in the N MoE layers
+  norms: jax.Array  # N B float32, of each layer's output at the last position
+
+
+@struct.dataclass
+class Decoded:
+  """What `Policy.decode` says of Q new tokens of each of S rows."""
+
+  hidden: jax.Array  # S Q D, after the final norm
+  trunk: jax.Array  # S Q D, before it
+  cache: Cache  # with the tokens' entries
+  experts: jax.Array | None  # N S Q A int32, the router's choice in the N MoE layers
+  norms: jax.Array  # N S float32, of each layer's output at the last token
 
 
 class Block(nn.Module):
@@ -34,26 +47,26 @@ class Block(nn.Module):
   moe: bool
 
   @nn.compact
-  def __call__(self, carry, prefix, layer, replay, at):
+  def __call__(self, carry, prompts, layer, replay, at):
     """Args:
-      carry: (x, suffix): suffix [N, B, G, S, L] is None for a whole sequence.
-      prefix: all layers' prompt caches [N, B, P, L], None for a whole sequence.
-      layer: [] int32, the layer's number.
+      carry: (x, own): own is a Cache's, or None for a whole sequence.
+      prompts: a Cache's, or None for a whole sequence.
+      layer: [] int32, the layer's number; None: the cache is split, and this layer's.
       replay: this layer's experts to use [B, T, A], None for the router's choice.
       at: a Sequence or a DecodeStep.
 
     Returns:
-      ((x, suffix), (cache entries or None, moe.Routing or None)).
+      ((x, own), (cache entries or None, moe.Routing or None, norm of the last x [B])).
     """
     c = self.config
-    x, suffix = carry
+    x, own = carry
     attention = (MLA if c.attention == "mla" else GQA)(c, name="attention")
     h = RMSNorm(c.norm_eps, name="attention_norm")(x)
     with jax.named_scope(c.attention):
       if isinstance(at, Sequence):
         h, entries = attention(h, at)
       else:
-        h, suffix = attention.decode(h, at, prefix, suffix, layer)
+        h, own = attention.decode(h, at, prompts, own, layer)
         entries = None
     x = sharding.shard_batch(x + h)
     h = RMSNorm(c.norm_eps, name="ffn_norm")(x)
@@ -64,7 +77,9 @@ class Block(nn.Module):
         h, routing = MoE(c, name="moe")(h, counted, replay)
       else:
         h = SwiGLU(c, c.dense_ffn, name="ffn")(h)
-    return (sharding.shard_batch(x + h), suffix), (entries, routing)
+    x = sharding.shard_batch(x + h)
+    norm = jnp.linalg.norm(x[:, -1].astype(jnp.float32), axis=-1)
+    return (x, own), (entries, routing, norm)
 
 
 def _stack(config: PolicyConfig, moe: bool, length: int) -> nn.Module:
@@ -122,21 +137,24 @@ class Policy(nn.Module):
       self.embedding.astype(self.config.compute_dtype)[tokens]
     )
 
-  def _layers(self, carry, prefix, replay, at):
-    """Runs both stacks; returns (carry, cache entries, {MoE stack: moe.Routing})."""
-    start, caches, routing = 0, [], {}
+  def _layers(self, carry, prompts, replay, at):
+    """Runs both stacks; returns (carry, cache entries, {MoE stack: moe.Routing}, norms
+    [N, B])."""
+    start, caches, routing, norms = 0, [], {}, []
     for name in ("dense_layers", "moe_layers"):
       n = getattr(self.config, name)
       if not n:
         continue
       layer = jnp.arange(start, start + n)
       chosen = replay if name == "moe_layers" else None
-      carry, (entries, routed) = getattr(self, name)(carry, prefix, layer, chosen, at)
+      stack = getattr(self, name)
+      carry, (entries, routed, norm) = stack(carry, prompts, layer, chosen, at)
       caches.append(entries)
+      norms.append(norm)
       if routed is not None:
         routing[name] = routed
       start += n
-    return carry, caches, routing
+    return carry, caches, routing, jnp.concatenate(norms, axis=0)
 
   def __call__(
     self, tokens: jax.Array, seq: Sequence, replay: jax.Array | None = None
@@ -148,8 +166,9 @@ class Policy(nn.Module):
       seq: where they stand.
       replay: [N, B, T, A] experts for the N MoE layers instead of the router's choice.
     """
+    seq = seq.replace(turns=rope_turns(seq.positions, self.config))
     carry = self._embed(tokens), None
-    (trunk, _), caches, routing = self._layers(carry, None, replay, seq)
+    (trunk, _), caches, routing, norms = self._layers(carry, None, replay, seq)
     if self.is_initializing() and self.config.mtp_depth:
       self.mtp(trunk, tokens, seq)
     moe = routing.get("moe_layers")
@@ -160,28 +179,55 @@ class Policy(nn.Module):
       load={name: r.load for name, r in routing.items()},
       balance=jnp.zeros(tokens.shape[0]) if moe is None else moe.balance.sum(axis=0),
       experts=None if moe is None else moe.experts,
+      norms=norms,
     )
 
   def decode(
-    self, tokens: jax.Array, at: DecodeStep, prefix: jax.Array, suffix: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """One token a row.
+    self,
+    tokens: jax.Array,
+    at: DecodeStep,
+    cache: Cache,
+    layers: list | None = None,
+  ) -> "Decoded":
+    """Q new tokens of each of S rows.
 
     Args:
-      tokens: [B, G] int32.
+      tokens: [S, Q] int32.
       at: where they stand.
-      prefix: [N, B, P, L], the prompts' cache, shared by the G rows of a group.
-      suffix: [N, B, G, S, L], the rows' own cache.
-
-    Returns:
-      (hidden [B, G, D], suffix with the tokens' entries written at `at.slot`, experts
-      of the MoE layers [N, B, G, A] or None).
+      cache: the prompts' entries and the rows' own.
+      layers: `layers_of` the variables, for a split cache.
     """
-    (x, suffix), _, routing = self._layers(
-      (self._embed(tokens), suffix), prefix, None, at
+    # Computed here and not again wherever a layer uses them.
+    turns = jax.lax.optimization_barrier(rope_turns(at.positions, self.config))
+    at, x = at.replace(turns=turns), self._embed(tokens)
+    if cache.split:
+      trunk, own, experts, norms = self._unrolled(x, at, cache, layers)
+    else:
+      carry = x, cache.own
+      (trunk, own), _, routing, norms = self._layers(carry, cache.prompts, None, at)
+      moe = routing.get("moe_layers")
+      experts = None if moe is None else moe.experts
+    return Decoded(
+      hidden=self.final_norm(trunk),
+      trunk=trunk,
+      cache=cache.replace(own=own),
+      experts=experts,
+      norms=norms,
     )
-    moe = routing.get("moe_layers")
-    return self.final_norm(x), suffix, None if moe is None else moe.experts
+
+  def _unrolled(self, x, at, cache, layers):
+    """Layer by layer: each has its own arrays of a split cache."""
+    own, experts, norms = [], [], []
+    for i, variables in enumerate(layers):
+      block = Block(self.config, i >= self.config.dense_layers, parent=None)
+      (x, mine), (_, routed, norm) = block.apply(
+        variables, (x, cache.own[i]), cache.prompts[i], None, None, at
+      )
+      own.append(mine)
+      norms.append(norm)
+      if routed is not None:
+        experts.append(routed.experts)
+    return x, tuple(own), jnp.stack(experts) if experts else None, jnp.stack(norms)
 
   def _head(self, dtype: jnp.dtype) -> jax.Array:
     """[D, V]."""
@@ -224,18 +270,66 @@ class Policy(nn.Module):
     Returns:
       (hidden [B, T, D] for `logits`, {"mtp_layer": load [E]}).
     """
+    x, _, routing = self._mtp(trunk, tokens, seq)
+    return self.mtp_norm(x), {"mtp_layer": routing.load}
+
+  def mtp_entries(self, trunk: jax.Array, tokens: jax.Array, seq: Sequence):
+    """The module's cache entries [1, B, T, L]. Args: as `mtp`."""
+    return self._mtp(trunk, tokens, seq)[1][None]
+
+  def _mtp(self, trunk, tokens, seq):
     following = jnp.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
     # A page's last position has no next token; nothing attends to it or counts it.
     more = jnp.pad(seq.segments[:, 1:] == seq.segments[:, :-1], ((0, 0), (0, 1)))
-    seq = seq.replace(segments=jnp.where(more, seq.segments, 0))
+    seq = seq.replace(
+      segments=jnp.where(more, seq.segments, 0),
+      turns=rope_turns(seq.positions, self.config),
+    )
+    x, layer = self._mtp_input(trunk, following), jnp.zeros((), jnp.int32)
+    (x, _), (entries, routing, _) = self.mtp_layer((x, None), None, layer, None, seq)
+    return x, entries, routing
+
+  def _mtp_input(self, trunk: jax.Array, following: jax.Array) -> jax.Array:
     both = [
       self.mtp_embedding_norm(self._embed(following)),
       self.mtp_hidden_norm(trunk),
     ]
-    x = jnp.concatenate(both, axis=-1) @ self.mtp_projection.astype(trunk.dtype)
-    layer = jnp.zeros((), jnp.int32)
-    (x, _), (_, routing) = self.mtp_layer((x, None), None, layer, None, seq)
-    return self.mtp_norm(x), {"mtp_layer": routing.load}
+    return jnp.concatenate(both, axis=-1) @ self.mtp_projection.astype(trunk.dtype)
+
+  def draft(
+    self, trunk: jax.Array, tokens: jax.Array, at: DecodeStep, cache: Cache
+  ) -> tuple[jax.Array, Cache]:
+    """`mtp` of Q tokens of each of S rows.
+
+    Args:
+      trunk: [S, Q, D], of the token before each.
+      tokens: [S, Q] int32.
+      at: where the module's input stands: a place before the tokens'.
+      cache: the module's own, of one layer.
+
+    Returns:
+      (hidden [S, Q, D] for `logits` of the tokens after, cache with the entries).
+    """
+    turns = jax.lax.optimization_barrier(rope_turns(at.positions, self.config))
+    at, x = at.replace(turns=turns), self._mtp_input(trunk, tokens)
+    if cache.split:
+      layer, prompts, own = None, cache.prompts[0], cache.own[0]
+    else:
+      layer, prompts, own = jnp.zeros((), jnp.int32), cache.prompts, cache.own
+    (x, own), _ = self.mtp_layer((x, own), prompts, layer, None, at)
+    own = (own,) if cache.split else own
+    return self.mtp_norm(x), cache.replace(own=own)
+
+
+def layers_of(variables: dict) -> list:
+  """The variables of each layer by itself, taken out of the stacks. Outside of a loop:
+  inside, every turn would copy them."""
+  found = []
+  for name in ("dense_layers", "moe_layers"):
+    stack = {kind: tree[name] for kind, tree in variables.items() if name in tree}
+    count = len(jax.tree.leaves(stack)[0]) if stack else 0
+    found += [jax.tree.map(lambda w, i=i: w[i], stack) for i in range(count)]
+  return found
 
 
 def init(policy: Policy, key: jax.Array) -> tuple[dict, dict]:

@@ -93,6 +93,7 @@ def sample(
         temperature=decoding.temperature,
         top_p=decoding.top_p,
         stop_ids=this.stop_ids,
+        stop=this.stop,
         pad_id=this.tokenizer.pad_id,
       )
       return said.spoken()

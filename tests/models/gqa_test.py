@@ -14,8 +14,10 @@ from trees import assert_same, host
 from r1jax import experience, grpo, ops, prompts, rollout, sft, sharding, train_state
 from r1jax.checkpoint import Checkpoints
 from r1jax.errors import UserError
+from r1jax.levels import Level
+from r1jax.models import cache as caches
 from r1jax.models import config, layers, policy
-from r1jax.models.mla import DecodeStep, Sequence
+from r1jax.models.mla import Sequence
 from r1jax.objective import Objective
 from r1jax.optimizer import OptimizerConfig, make_optimizer
 
@@ -170,48 +172,85 @@ def test_query_heads_share_the_key_head_of_their_group():
     np.testing.assert_allclose(got[:, :, h], want, rtol=0, atol=1e-6)
 
 
-@jax.jit
-def decode(params, token, at, prefix, suffix):
+@functools.partial(jax.jit, static_argnums=0)
+def decode(network, params, tokens, at, cache):
   variables = {"params": params}
-  hidden, suffix, experts = EVERYTHING.apply(
-    variables, token, at, prefix, suffix, method="decode"
+  layers = policy.layers_of(variables) if cache.split else None
+  out = network.apply(variables, tokens, at, cache, layers, method="decode")
+  assert out.experts is None
+  return network.apply(variables, out.hidden, method="logits"), out.cache
+
+
+def entries_of(own, split):
+  """[N, S, length, L], of levels whose seats are the rows."""
+  if not split:
+    return np.concatenate([np.asarray(level) for level in own], axis=2)
+  layers = []
+  for levels in own:
+    keys = np.concatenate([k.transpose(0, 3, 1, 2) for k, _ in levels], axis=1)
+    values = np.concatenate([v.swapaxes(1, 2) for _, v in levels], axis=1)
+    both = np.concatenate([keys, values], axis=-1)  # S length Hk 2 K
+    layers.append(both.reshape(*both.shape[:2], -1))
+  return np.stack(layers)
+
+
+@pytest.mark.parametrize("grouped", [True, False], ids=["groups", "any rows"])
+@pytest.mark.parametrize("split", [True, False], ids=["split", "stacked"])
+def test_decoding_on_a_shared_prefix_equals_the_full_pass(
+  split, grouped, random_weights
+):
+  """One token, one, then two at once; the third crosses into the second level."""
+  network = (
+    EVERYTHING
+    if split
+    else policy.Policy(small(qk_norm=True, tied_embeddings=True, implementation="xla"))
   )
-  assert experts is None
-  return EVERYTHING.apply(variables, hidden, method="logits"), suffix
-
-
-def test_decoding_on_a_shared_prefix_equals_the_full_pass(random_weights):
   params, _ = random_weights(EVERYTHING)
-  c, group, length = EVERYTHING.config, 2, 4
+  c, group, length = network.config, 2, 4
   own = np.random.default_rng(2).integers(1, VOCAB, (3, group, length))
   tokens, mask = prompts.pad_left([[7, 2], [1, 8, 4, 6], [11, 12, 13]], 5, PAD)
   _, prefix = logits_of(
     EVERYTHING, params, jnp.asarray(tokens), Sequence.of_mask(jnp.asarray(mask))
   )
   assert prefix.shape == (c.layers, 3, 5, c.cache.width) == (2, 3, 5, 2 * 2 * 6)
+  rows = np.arange(3 * group)
+  if not grouped:
+    rows = np.random.default_rng(3).permutation(rows)
+  levels = Level(0, 3, 6), Level(3, 2, 6)
+  cache = caches.empty(prefix, levels, c.cache, split)
   # What is not written yet must not count.
-  suffix = jnp.full((c.layers, 3, group, length, c.cache.width), 1e3)
-  got = []
-  for t in range(length):
-    places = np.repeat(mask.sum(1)[:, None] + t, group, axis=1)
-    at = DecodeStep(
+  cache = cache.replace(own=jax.tree.map(lambda x: x + 1e3, cache.own))
+  window, got, t = cache.window, [], 0
+  for n in (1, 1, 2):
+    places = np.repeat(mask.sum(1) + t, group)[rows, None] + np.arange(n)
+    at = caches.DecodeStep(
       positions=jnp.asarray(places, jnp.int32),
-      prefix_starts=jnp.asarray(5 - mask.sum(1), jnp.int32),
-      slot=jnp.asarray(t, jnp.int32),
+      lengths=jnp.full(6, t, jnp.int32),
+      writes=jnp.ones(6, bool),
+      prompts=jnp.asarray(rows // group, jnp.int32),
+      prompt_starts=jnp.asarray(window - mask.sum(1), jnp.int32),
+      seats=(None, None),
+      levels=levels,
+      grouped=grouped,
     )
-    logits, suffix = decode(params, jnp.asarray(own[:, :, t]), at, prefix, suffix)
+    new = jnp.asarray(own.reshape(6, length)[rows, t : t + n])
+    logits, cache = decode(network, params, new, at, cache)
     got.append(logits)
+    t += n
 
-  def rows(prompt, completion):  # one a sample, [3 * group, ...]
+  def whole(prompt, completion):  # one a sample, [3 * group, ...]
     both = [np.repeat(prompt, group, axis=0), completion.reshape(3 * group, length)]
     return jnp.asarray(np.concatenate(both, axis=1))
 
-  seq = Sequence.of_mask(rows(mask, np.ones_like(own, bool)))
-  want, cache = logits_of(EVERYTHING, params, rows(tokens, own), seq)
-  got = np.stack(got, axis=2).reshape(3 * group, length, VOCAB)
-  np.testing.assert_allclose(got, want[:, 5:], rtol=0, atol=1e-5)
-  suffix = suffix.reshape(c.layers, 3 * group, length, -1)
-  np.testing.assert_allclose(suffix, cache[:, :, 5:], rtol=0, atol=1e-5)
+  seq = Sequence.of_mask(whole(mask, np.ones_like(own, bool)))
+  want, entries = logits_of(EVERYTHING, params, whole(tokens, own), seq)
+  got = np.concatenate(got, axis=1)
+  np.testing.assert_allclose(got, want[rows, 5:], rtol=0, atol=1e-5)
+  held = entries_of(cache.own, split)
+  np.testing.assert_allclose(
+    held[:, :, :length], entries[:, rows, 5:], rtol=0, atol=1e-5
+  )
+  assert (held[:, :, length] == 1e3).all()
 
 
 def test_packed_pages_give_the_logits_of_separate_rows(random_weights):

@@ -8,6 +8,10 @@ import pytest
 from r1jax.models import config, layers
 
 
+def turned(x, positions, config):
+  return layers.apply_rope(jnp.asarray(x), layers.rope_turns(positions, config))
+
+
 def rotary(yarn=None, rope_dim=16):
   return config.tiny(8, width=32, rope_dim=rope_dim, yarn=yarn)
 
@@ -29,7 +33,7 @@ def test_rope_multiplies_neighbouring_channels_as_complex_numbers():
   x = normal(0, 2, 5, c.rope_dim)
   positions = np.array([[0, 1, 2, 3, 4], [7, 0, 30, 2, 63]], np.int32)
   f = c.rope_theta ** (-2.0 * np.arange(c.rope_dim // 2) / c.rope_dim)
-  got = layers.apply_rope(jnp.asarray(x), jnp.asarray(positions), c)
+  got = turned(x, jnp.asarray(positions), c)
   want = turned_by_complex_numbers(x.astype(np.float64), positions, f)
   np.testing.assert_allclose(got, want, atol=2e-5)
 
@@ -38,16 +42,16 @@ def test_rope_turns_every_head_by_the_position_of_its_token():
   c = rotary()
   x = normal(1, 2, 5, 3, c.rope_dim)
   positions = jnp.array([[0, 1, 2, 3, 4], [7, 0, 30, 2, 63]])
-  together = layers.apply_rope(jnp.asarray(x), positions, c)
+  together = turned(x, positions, c)
   for h in range(x.shape[2]):
-    alone = layers.apply_rope(jnp.asarray(x[:, :, h]), positions, c)
+    alone = turned(x[:, :, h], positions, c)
     np.testing.assert_array_equal(together[:, :, h], alone)
 
 
 def test_rope_at_position_zero_is_the_identity():
   c = rotary()
   x = normal(2, 1, 4, c.rope_dim)
-  got = layers.apply_rope(jnp.asarray(x), jnp.zeros((1, 4), jnp.int32), c)
+  got = turned(x, jnp.zeros((1, 4), jnp.int32), c)
   np.testing.assert_array_equal(got, x)
 
 
@@ -58,7 +62,7 @@ def test_rotated_dot_products_depend_on_the_distance_alone(yarn):
   q = jnp.broadcast_to(normal(3, 1, 1, c.rope_dim), (1, t, c.rope_dim))
   k = jnp.broadcast_to(normal(4, 1, 1, c.rope_dim), (1, t, c.rope_dim))
   positions = jnp.arange(t)[None]
-  q, k = layers.apply_rope(q, positions, c), layers.apply_rope(k, positions, c)
+  q, k = turned(q, positions, c), turned(k, positions, c)
   scores = np.asarray(jnp.einsum("btr,bsr->bts", q, k)[0])
   for distance in range(-t + 1, t):
     diagonal = np.diagonal(scores, distance)
@@ -69,11 +73,11 @@ def test_rotated_dot_products_depend_on_the_distance_alone(yarn):
 def test_rope_keeps_lengths_and_the_dtype():
   c = rotary(config.Yarn(factor=8.0, original_length=32))
   x = normal(5, 1, 6, c.rope_dim)
-  got = layers.apply_rope(jnp.asarray(x), jnp.arange(6)[None] * 9, c)
+  got = turned(x, jnp.arange(6)[None] * 9, c)
   np.testing.assert_allclose(
     np.linalg.norm(got, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5
   )
-  half = layers.apply_rope(jnp.asarray(x, jnp.bfloat16), jnp.arange(6)[None], c)
+  half = turned(jnp.asarray(x, jnp.bfloat16), jnp.arange(6)[None], c)
   assert half.dtype == jnp.bfloat16
 
 
@@ -82,7 +86,7 @@ def test_yarn_scales_rotations_by_the_ratio_of_the_two_mscales():
     config.Yarn(factor=8.0, original_length=32, mscale=1.0, mscale_all_dim=0.5)
   )
   x = normal(6, 1, 6, c.rope_dim)
-  got = layers.apply_rope(jnp.asarray(x), jnp.arange(6)[None] * 9, c)
+  got = turned(x, jnp.arange(6)[None] * 9, c)
   m = (0.1 * np.log(8.0) + 1) / (0.05 * np.log(8.0) + 1)
   np.testing.assert_allclose(
     np.linalg.norm(got, axis=-1), m * np.linalg.norm(x, axis=-1), rtol=1e-5
