@@ -6,6 +6,7 @@ problem stream, and the clock by phase.
 
 import pathlib
 from typing import Any
+import warnings
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -53,7 +54,9 @@ class Checkpoints:
 
   def weights(self, step: int) -> tuple[Any, Any]:
     """(params, router) of a step's policy, whatever stage it is of."""
-    state = self._load(step, {"state": None})["state"]
+    with warnings.catch_warnings():  # of another mesh than the run's: it is told none
+      warnings.simplefilter("ignore")
+      state = self._load(step, {"state": None})["state"]
     state = state.get("policy", state)  # PPO's beside its value model
     return state["params"], state.get("router") or {}
 

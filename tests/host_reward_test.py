@@ -265,6 +265,55 @@ def test_segments_take_host_rewards_too(in_graph_step):
   assert_same(state.params, in_graph_step[0].params, rtol=1e-5, atol=1e-6)
 
 
+def test_outputs_are_scored_while_others_are_still_written(in_graph_step):
+  """With segments the host hears of an output as soon as it is over; the step's own
+  call asks for nothing twice, and its numbers are the same."""
+  policy = golden.tiny_policy()
+  reward = HostReward(Counting(score_golden), PROBLEMS, Letters())
+  told = []
+
+  def ahead(ids, outputs):
+    pairs = zip(ids, outputs, strict=True)
+    told.append([(i, tuple(tokens.tolist())) for i, tokens in pairs])
+    reward.ahead(ids, outputs)
+
+  pieces = segments.make_segments(
+    segment_tokens=1,
+    policy=policy,
+    optimizer=golden.optimizer(),
+    reward_fn=reward,
+    config=golden.CONFIG,
+    stop_ids=golden.STOP_IDS,
+    pad_id=golden.PAD,
+    ahead=ahead,
+  )
+  state, said, *_ = pieces(
+    golden.new_state(policy), golden.prompt_batch(), jax.random.key(7)
+  )
+  assert_same(state.params, in_graph_step[0].params, rtol=1e-5, atol=1e-6)
+  # A call tells of the outputs that one token more has ended; all but the last ones.
+  ends = [{len(tokens) for _, tokens in call} for call in told]
+  assert len(ends) > 2 and all(len(end) == 1 for end in ends)
+  assert sorted(map(max, ends)) == [max(end) for end in ends]
+  lengths = np.asarray(said.lengths)
+  assert sum(map(len, told)) == (lengths < lengths.max()).sum()
+  # Each output is scored once (two outputs of a problem may be the same text).
+  assert set(reward.scorer.asked.values()) <= {1, 2, 3}
+  assert sum(reward.scorer.asked.values()) <= lengths.size
+  assert not reward._ahead
+
+
+def test_an_error_of_a_rule_ahead_of_the_step_is_raised_by_the_loop():
+  def fail(text, problem):
+    raise UserError("the rule 'short' raised KeyError")
+
+  reward = HostReward(Counting(fail), PROBLEMS, Letters())
+  reward.ahead([0], [np.array([1, 2])])
+  reward._on_host((1, 1, 3), [0], np.array([1, 2, -1]))
+  with pytest.raises(UserError, match="the rule 'short' raised KeyError"):
+    reward.check(1.0)
+
+
 # -- statistics ------------------------------------------------------------------------
 
 
