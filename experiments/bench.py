@@ -6,6 +6,7 @@
   python -m experiments.bench algorithms --write    # and puts the table into the docs
   python -m experiments.bench rewards               # verdicts a second, on the host
   python -m experiments.bench kernels               # for a TPU or on a GPU
+  python -m experiments.bench rollout               # against transformers, and itself
 
 A stopped benchmark of algorithms goes on where it was. Exit codes: 0 done, 2 a mistake
 in the command, 130 stopped by Ctrl-C, 1 anything else.
@@ -15,10 +16,15 @@ import argparse
 import json
 import sys
 
-from experiments.benches import algorithms, kernels, rewards
+from experiments.benches import algorithms, kernels, rewards, rollout
 from r1jax.errors import UserError
 
-BENCHES = {"algorithms": algorithms, "kernels": kernels, "rewards": rewards}
+BENCHES = {
+  "algorithms": algorithms,
+  "kernels": kernels,
+  "rewards": rewards,
+  "rollout": rollout,
+}
 
 
 def main(argv: list[str]) -> None:

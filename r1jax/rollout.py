@@ -119,13 +119,12 @@ def plan(policy: Policy, batch: int, s: Sampler) -> Plan:
     )
   drafts = speculative.wanted(s, policy, count // shards)
   tokens = s.max_tokens + drafts  # a draft may lie behind a row's end
-  how = dict(budget=s.cache_tokens // shards)
+  how = dict(budget=s.cache_tokens, shards=shards)
   if not caches.is_split(policy.config.implementation):
     tokens = ops.cache_slots(tokens, "mosaic")
     # A kernel's work follows the live tokens of itself.
     how["first"] = 4 * 128 if s.cache_tokens else tokens
-  levels = cache_levels.plan(count // shards, tokens, **how)
-  levels = tuple(dataclasses.replace(lv, seats=lv.seats * shards) for lv in levels)
+  levels = cache_levels.plan(count, tokens, **how)
   return Plan(count, levels, shards, axes, drafts)
 
 

@@ -69,24 +69,22 @@ def tempered(logits: jax.Array, s: Sampler) -> tuple[jax.Array, jax.Array | None
     (logits, divided by the temperature and masked outside the support; the support's
     bits [..., V / 8] uint8, or None if it is whole).
   """
+  finite = jnp.isfinite(logits).all(axis=-1, keepdims=True)
   if s.temperature == 0.0:  # all of the probability on the first of the most likely
     best = jnp.argmax(logits, axis=-1, keepdims=True)
     one = jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,)) == best
-    # A NaN stays one: it must be noticed.
-    masked = jnp.where(one, 0.0, supports.MASKED)
-    logits, keep = (
-      jnp.where(jnp.isnan(logits).any(-1, keepdims=True), jnp.nan, masked),
-      one,
-    )
+    logits, keep = jnp.where(one, 0.0, supports.MASKED), one
   else:
     logits = logits / s.temperature
     keep = None
     if s.truncates:
       keep = supports.support(logits, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
-  if not s.truncates:
-    return logits, None
-  packed = supports.pack(keep)
-  return supports.restrict(logits, packed), packed
+  packed = None
+  if s.truncates:
+    packed = supports.pack(keep)
+    logits = supports.restrict(logits, packed)
+  # What is not finite must be noticed, whatever a bound has made of it.
+  return jnp.where(finite, logits, jnp.nan), packed
 
 
 def pick(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
@@ -115,11 +113,14 @@ def _invert(mass: jax.Array, uniform: jax.Array) -> jax.Array:
   """The place [...] int32 in [..., K] masses where the cumulative sum passes the share
   `uniform` [...] of the total."""
   sums = jnp.cumsum(mass, axis=-1)
-  place = (sums <= uniform[..., None] * sums[..., -1:]).sum(axis=-1)
-  # Rounding may reach the total itself; the last mass above 0 is it then.
-  places = jnp.arange(mass.shape[-1]).reshape((1,) * (mass.ndim - 1) + (-1,))
-  last = jnp.where(mass > 0, places, 0).max(axis=-1)
-  return jnp.minimum(place, last).astype(jnp.int32)
+  # A sum may round below the one before it, and the last below the share of itself: so
+  # the first mass that passes is asked for, of those above 0, or else the last of them.
+  some, count = mass > 0, mass.shape[-1]
+  passes = some & (sums > uniform[..., None] * sums[..., -1:])
+  places = jnp.arange(count).reshape((1,) * (mass.ndim - 1) + (-1,))
+  first = jnp.where(passes, places, count).min(axis=-1)
+  last = jnp.where(some, places, 0).max(axis=-1)
+  return jnp.minimum(first, last).astype(jnp.int32)
 
 
 def uniforms(keys: jax.Array, t: jax.Array, purpose: int = 0) -> jax.Array:

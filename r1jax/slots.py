@@ -320,11 +320,16 @@ def turn(carry: Decoding, over: jax.Array, grown: jax.Array) -> Decoding:
 
   def local(outputs: Outputs, slots: Slots, prompts: Prompts, begun, over, grown):
     total = outputs.lengths.size
-    going = (slots.output < total) & ~over
-    length = slots.length + grown
+    live = slots.output < total
+    # Also of an output's last token, from which nothing is drawn any more.
+    bad = live & ~jnp.isfinite(slots.hidden).all(axis=-1)
+    broken = jnp.where(bad, slots.output, total)
+    going, length = live & ~over & ~bad, slots.length + grown
     seats, starved = _seats(carry, slots, going, length)
     outputs = outputs.replace(
-      starved=put(outputs.starved, (jnp.where(starved, slots.output, total),), True)
+      starved=put(outputs.starved, (jnp.where(starved, slots.output, total),), True),
+      nonfinite=put(outputs.nonfinite, (broken,), True),
+      norms=put(outputs.norms, (broken,), slots.norms),
     )
     going &= ~starved
     seats = tuple(None if x is None else jnp.where(going, x, -1) for x in seats)

@@ -307,7 +307,12 @@ def _over_level(q, keys, values, count, seat, scale):
   if seat is None:
     return parts
   out, high, total = (jnp.take(x, jnp.maximum(seat, 0), axis=0) for x in parts)
-  return out, jnp.where((seat < 0)[:, None, None], ops.MASKED, high), total
+  none = (seat < 0)[:, None, None]  # it has nobody's numbers, be they what they may
+  return (
+    jnp.where(none[..., None], 0.0, out),
+    jnp.where(none, ops.MASKED, high),
+    jnp.where(none, 0.0, total),
+  )
 
 
 def _softmax_parts(q, keys, values, seen, scale):

@@ -74,27 +74,24 @@ def test_the_rollout_and_the_iteration_run_beside_torch(capsys):
   assert "| whole iteration, seconds |" in out
 
 
-def test_other_weights_are_noticed():
+def test_other_weights_are_noticed(monkeypatch):
   pytest.importorskip("torch")
   pytest.importorskip("transformers", minversion="5.0")
-  network = TOY.dense()
+  network, right = TOY.dense(), rollout_parts.qwen2
   params, _ = rollout_parts.weights_of(network)
   prompts = rollout_parts.problems(2, 8, TOY.vocab)
 
   def wrong(network, params):
     config, weights = right(network, params)
-    name = "model.layers.1.self_attn.k_proj.bias"
+    name = "model.layers.1.self_attn.v_proj.bias"
     return config, weights | {name: weights[name] + 0.5}
 
-  right, rollout_parts.qwen2 = rollout_parts.qwen2, wrong
-  try:
-    with (
-      pytest.raises(RuntimeError, match="logits of r1jax and transformers"),
-      rollout_parts.torch_process(network, params, prompts),
-    ):
-      pass
-  finally:
-    rollout_parts.qwen2 = right
+  monkeypatch.setattr(rollout_parts, "qwen2", wrong)
+  with (
+    pytest.raises(RuntimeError, match="logits of r1jax and transformers"),
+    rollout_parts.torch_process(network, params, prompts),
+  ):
+    pass
 
 
 def test_refill_writes_the_static_batches_outputs_in_fewer_steps(capsys):

@@ -138,7 +138,9 @@ def test_weights_that_are_not_finite_are_named(folder):
 
   kept = run.load(folder)
   params = jax.tree.map(lambda x: x, kept.params)
-  params["final_norm"] = {"scale": jnp.full_like(params["final_norm"]["scale"], jnp.nan)}
+  params["final_norm"] = {
+    "scale": jnp.full_like(params["final_norm"]["scale"], jnp.nan)
+  }
   model = kept.policy, params, kept.router, kept.tokenizer
   with pytest.raises(NumericalError, match=r"prompt 0, sample 0 at token 0.*norms"):
     rollout.generate(*model, ["4 + 3"], max_tokens=4)
