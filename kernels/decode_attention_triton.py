@@ -24,8 +24,8 @@ class Blocks(NamedTuple):
   stages: int = 2
 
 
-def fit(heads: int, slots: int, layout, dtype: jnp.dtype) -> Blocks:
-  """Blocks for the query heads of a key head.
+def fit(rows: int, heads: int, slots: int, layout, dtype: jnp.dtype) -> Blocks:
+  """Blocks for the query heads of a key head, of so many rows.
 
   Raises:
     NotImplementedError: this body cannot serve the shape or the dtype.
@@ -36,11 +36,15 @@ def fit(heads: int, slots: int, layout, dtype: jnp.dtype) -> Blocks:
   if slots % 16:
     raise NotImplementedError(f"slots are a multiple of 16 here, not {slots}")
   k = 16 if slots % 32 or dtype == jnp.float32 else 32
-  wide = layout.key_width > 256
-  block = (
-    16 if heads <= 16 or dtype == jnp.float32 else 32 if wide or heads <= 32 else 64
-  )
-  return Blocks(block, k, splits=max(1, min(8, slots // 256)), warps=8 if wide else 4)
+  most, wide = max(1, slots // 256), layout.key_width > 256
+  if dtype == jnp.float32:
+    return Blocks(16, k, min(8, most), 8 if wide else 4)
+  if not wide:
+    return Blocks(16 if heads <= 16 else 32 if heads <= 32 else 64, k, min(8, most))
+  if heads <= 16:
+    return Blocks(16, k, min(8, most), 4, 3)
+  few = rows * layout.kv_heads * -(-heads // 64) < 32
+  return Blocks(64, k if slots % 64 else 64, min(16 if few else 8, most), 8)
 
 
 def _kernel(
@@ -59,7 +63,7 @@ def _kernel(
   of_key_head: int,
 ):
   """of_key_head: programs of a key head's query heads."""
-  r, n, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+  n, split, r = pl.program_id(0), pl.program_id(1), pl.program_id(2)
   layer, row, start, stop = layer_ref[0], rows_ref[r], starts_ref[r], stops_ref[r]
   heads = pl.ds(n * blocks.heads, blocks.heads)
   q = [q_ref[r, heads, part] for part in powers_of_two(layout.key_width)]
@@ -128,7 +132,7 @@ def decode(
   """
   r, heads, d = q.shape
   n = heads // layout.kv_heads
-  blocks = fit(n, cache.shape[2], layout, cache.dtype)
+  blocks = fit(r, n, cache.shape[2], layout, cache.dtype)
   whole = -(-n // blocks.heads) * blocks.heads
   fill = ((0, 0), (0, 0), (0, whole - n), (0, 0))
   q = jnp.pad(q.reshape(r, layout.kv_heads, n, d), fill).reshape(r, -1, d)
@@ -141,7 +145,7 @@ def decode(
       scale=scale,
       of_key_head=whole // blocks.heads,
     ),
-    grid=(r, shape[2] // blocks.heads, blocks.splits),
+    grid=(shape[2] // blocks.heads, blocks.splits, r),
     out_shape=[
       jax.ShapeDtypeStruct((*shape, dv), jnp.float32),
       jax.ShapeDtypeStruct(shape, jnp.float32),

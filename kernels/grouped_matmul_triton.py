@@ -6,6 +6,7 @@ a program serves one visit and stores the rows of its group alone.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
@@ -14,7 +15,20 @@ import jax.numpy as jnp
 
 from r1jax.kernels.triton_blocks import check_width, dot
 
-ROWS, INNER, OUTER = 64, 64, 128  # of a tile
+
+class Tile(NamedTuple):
+  rows: int
+  inner: int
+  outer: int
+  warps: int = 8
+  stages: int = 3
+
+
+def tiles(rows: int, groups: int, dtype: jnp.dtype) -> tuple[Tile, Tile]:
+  """Of (a product, the weights' gradient)."""
+  if dtype == jnp.float32:
+    return Tile(64, 16, 128), Tile(64, 32, 64, 4)
+  return Tile(128 if rows >= 128 * groups else 64, 64, 128), Tile(64, 128, 128)
 
 
 def visits(sizes: jax.Array, rows: int, block: int) -> tuple[jax.Array, jax.Array]:
@@ -36,50 +50,61 @@ def visits(sizes: jax.Array, rows: int, block: int) -> tuple[jax.Array, jax.Arra
 
 
 def _product_kernel(
-  starts_ref, visits_ref, x_ref, w_ref, zero_ref, out_ref, *, groups, transposed
+  starts_ref, visits_ref, x_ref, w_ref, zero_ref, out_ref, *, groups, transposed, tile
 ):
   """x M D, w E D F, or E F D if transposed, out M F (aliased with zero)."""
   del zero_ref
-  visit, column = pl.program_id(0), pl.program_id(1)
+  column, visit = pl.program_id(0), pl.program_id(1)
   block, group = visits_ref[0, visit], visits_ref[1, visit]
 
   @pl.when(group < groups)
   def _():
-    rows, columns = pl.ds(block * ROWS, ROWS), pl.ds(column * OUTER, OUTER)
+    rows, columns = (
+      pl.ds(block * tile.rows, tile.rows),
+      pl.ds(column * tile.outer, tile.outer),
+    )
 
     def body(n, acc):
-      inner = pl.ds(n * INNER, INNER)
+      inner = pl.ds(n * tile.inner, tile.inner)
       if transposed:
         return acc + dot(x_ref[rows, inner], w_ref[group, columns, inner].T)
       return acc + dot(x_ref[rows, inner], w_ref[group, inner, columns])
 
-    acc = jnp.zeros((ROWS, OUTER), jnp.float32)
-    acc = jax.lax.fori_loop(0, x_ref.shape[1] // INNER, body, acc)
-    row = block * ROWS + jnp.arange(ROWS)
+    acc = jnp.zeros((tile.rows, tile.outer), jnp.float32)
+    acc = jax.lax.fori_loop(0, x_ref.shape[1] // tile.inner, body, acc)
+    row = block * tile.rows + jnp.arange(tile.rows)
     mine = (row >= starts_ref[group]) & (row < starts_ref[group + 1])
     mine = jnp.broadcast_to(mine[:, None], acc.shape)
     plgpu.store(out_ref.at[rows, columns], acc.astype(out_ref.dtype), mask=mine)
 
 
-def _outer_kernel(starts_ref, x_ref, grad_ref, out_ref):
+def _outer_kernel(starts_ref, x_ref, grad_ref, out_ref, *, tile):
   """x M D, grad M F, out E D F."""
-  group, a, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+  b, a, group = pl.program_id(0), pl.program_id(1), pl.program_id(2)
   start, stop = starts_ref[group], starts_ref[group + 1]
-  inner, outer = pl.ds(a * INNER, INNER), pl.ds(b * OUTER, OUTER)
+  inner, outer = pl.ds(a * tile.inner, tile.inner), pl.ds(b * tile.outer, tile.outer)
 
-  def body(n, acc):
-    row = n * ROWS + jnp.arange(ROWS)
-    mine = (row >= start) & (row < stop)
+  def body(n, acc, whole):
+    at = pl.ds(n * tile.rows, tile.rows)
+    x, grad = x_ref[at, inner], grad_ref[at, outer]
+    if not whole:  # a neighbour's may not even be numbers
+      row = n * tile.rows + jnp.arange(tile.rows)
+      mine = ((row >= start) & (row < stop))[:, None]
+      x, grad = (jnp.where(mine, y, 0).astype(y.dtype) for y in (x, grad))
+    return acc + dot(x.T, grad)
 
-    def rows(ref, columns):  # a neighbour's may not even be numbers
-      x = ref[pl.ds(n * ROWS, ROWS), columns]
-      return jnp.where(mine[:, None], x, 0).astype(x.dtype)
-
-    return acc + dot(rows(x_ref, inner).T, rows(grad_ref, outer))
-
-  acc = jnp.zeros((INNER, OUTER), jnp.float32)
-  last = jnp.where(stop > start, jax.lax.div(stop + ROWS - 1, ROWS), 0)
-  acc = jax.lax.fori_loop(jax.lax.div(start, ROWS), last, body, acc)
+  acc = jnp.zeros((tile.inner, tile.outer), jnp.float32)
+  first = jax.lax.div(start, tile.rows)
+  last = jax.lax.div(stop + tile.rows - 1, tile.rows)
+  last = jnp.where(stop > start, last, first)
+  low = jnp.minimum(jax.lax.div(start + tile.rows - 1, tile.rows), last)
+  high = jnp.maximum(jax.lax.div(stop, tile.rows), low)
+  for ends, whole in (
+    ((first, low), False),
+    ((low, high), True),
+    ((high, last), False),
+  ):
+    acc = jax.lax.fori_loop(*ends, functools.partial(body, whole=whole), acc)
   out_ref[group, inner, outer] = acc.astype(out_ref.dtype)
 
 
@@ -99,17 +124,22 @@ def product(
   f = w.shape[1] if transposed else w.shape[2]
   check_width(d)
   check_width(f)
-  x = _filled(x, ROWS, INNER)
-  w = _filled(w, OUTER, INNER) if transposed else _filled(w, INNER, OUTER)
+  tile, _ = tiles(m, groups, x.dtype)
+  x = _filled(x, tile.rows, tile.inner)
+  w = (
+    _filled(w, tile.outer, tile.inner)
+    if transposed
+    else _filled(w, tile.inner, tile.outer)
+  )
   columns = w.shape[1] if transposed else w.shape[2]
-  starts, pairs = visits(sizes, x.shape[0], ROWS)
+  starts, pairs = visits(sizes, x.shape[0], tile.rows)
   zero = jnp.zeros((x.shape[0], columns), x.dtype)
   out = pl.pallas_call(
-    functools.partial(_product_kernel, groups=groups, transposed=transposed),
-    grid=(pairs.shape[1], columns // OUTER),
+    functools.partial(_product_kernel, groups=groups, transposed=transposed, tile=tile),
+    grid=(columns // tile.outer, pairs.shape[1]),
     out_shape=jax.ShapeDtypeStruct(zero.shape, zero.dtype),
     input_output_aliases={4: 0},
-    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+    compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
     interpret=interpret,
     name="grouped_matmul",
   )(starts, pairs, x, w, zero)
@@ -121,15 +151,16 @@ def outer_product(
 ) -> jax.Array:
   """[M, D], [M, F], [E] -> [E, D, F]: every group's x^T grad."""
   (_, d), f = x.shape, grad.shape[1]
-  x, grad = _filled(x, ROWS, INNER), _filled(grad, ROWS, OUTER)
+  _, tile = tiles(x.shape[0], sizes.shape[0], x.dtype)
+  x, grad = _filled(x, tile.rows, tile.inner), _filled(grad, tile.rows, tile.outer)
   ends = jnp.cumsum(sizes)
   starts = jnp.concatenate([jnp.zeros(1, sizes.dtype), ends]).astype(jnp.int32)
   groups, inner, outer = sizes.shape[0], x.shape[1], grad.shape[1]
   out = pl.pallas_call(
-    _outer_kernel,
-    grid=(groups, inner // INNER, outer // OUTER),
+    functools.partial(_outer_kernel, tile=tile),
+    grid=(outer // tile.outer, inner // tile.inner, groups),
     out_shape=jax.ShapeDtypeStruct((groups, inner, outer), x.dtype),
-    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+    compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
     interpret=interpret,
     name="grouped_matmul_dw",
   )(starts, x, grad)

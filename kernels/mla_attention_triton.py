@@ -43,7 +43,20 @@ def fit(q: tuple, k: tuple, v: tuple, dtype: jnp.dtype) -> Blocks:
 
   if dtype == jnp.float32:
     return Blocks(side(q[1], 32), side(k[1], 32), 4)
-  return Blocks(side(q[1], 128), side(k[1], 64), 8)
+  stages = 3 if q[3] + v[3] <= 320 else 2
+  return Blocks(side(q[1], 128), side(k[1], 64), 8, stages)
+
+
+def backward_blocks(blocks: Blocks, width: int, dtype: jnp.dtype) -> tuple:
+  """Of (dq, dk and dv), which hold more than the forward pass; width is d + dv."""
+  if dtype == jnp.float32:
+    return blocks, blocks
+  if width > 320:  # what a Hopper's shared memory holds
+    blocks = Blocks(blocks.q, min(blocks.k, 32), 8)
+    return blocks, blocks._replace(q=min(blocks.q, 64))
+  if width > 256:
+    return blocks, blocks._replace(stages=2)
+  return blocks, Blocks(min(blocks.q, 64), blocks.k, 4)
 
 
 def bounds(
@@ -239,9 +252,12 @@ def _dkv_kernel(
     return dk, [x + dot(p.T, y) for x, y in zip(dv, do, strict=True)]
 
   carry, how = (_zeros(keys), _zeros(values)), dict(causal=causal, segmented=segmented)
-  for head in range(group):
+
+  def one(head, carry):
     of_head = functools.partial(body, head=head)
-    carry = _over_queries(j, bounds_ref, of_head, carry, blocks=blocks, **how)
+    return _over_queries(j, bounds_ref, of_head, carry, blocks=blocks, **how)
+
+  carry = jax.lax.fori_loop(0, group, one, carry) if group > 1 else one(0, carry)
   for ref, parts, factor in (
     (dk_ref, carry[0], scale),
     (dv_ref, carry[1], 1),
@@ -359,7 +375,9 @@ def backward(
   """As mla_attention_mosaic_backward.backward."""
   (b, t, heads, d), (s, kv_heads, dv) = q.shape, v.shape[1:]
   group = heads // kv_heads
-  segments, (of_q, of_k) = _prepared(q, k, q_segments, k_segments, causal, blocks)
+  blocks, of_keys = backward_blocks(blocks, d + dv, q.dtype)
+  segments, (of_q, _) = _prepared(q, k, q_segments, k_segments, causal, blocks)
+  _, (_, of_k) = _prepared(q, k, q_segments, k_segments, causal, of_keys)
   how = dict(causal=causal, segmented=bool(segments), blocks=blocks)
   args = [q, k, v, do, lse2, delta, *segments]
   row = pl.BlockSpec((None, None, blocks.q), lambda i, b, h: (b, h, i))
@@ -385,6 +403,9 @@ def backward(
     interpret,
     "mla_attention_dq",
   )
+
+  blocks = of_keys
+  how |= dict(blocks=blocks)
 
   def of_group(width):
     return pl.BlockSpec((None, t, group, width), lambda j, b, h: (b, 0, h, 0))
