@@ -58,7 +58,8 @@ def _automaton(strings: list[bytes]) -> np.ndarray:
   the text ends in, and the last state, in which it stays, a string seen."""
   whole = set(strings)
   beginnings = {b""} | {s[:n] for s in strings for n in range(len(s))}
-  beginnings = sorted((b for b in beginnings if not _holds(b, whole)), key=len)
+  left = [b for b in beginnings if not _holds(b, whole)]
+  beginnings = sorted(left, key=lambda b: (len(b), b))  # the same in every process
   number = {beginning: i for i, beginning in enumerate(beginnings)}
   found = len(beginnings)
   step = np.full((found + 1, 256), found, np.int16)

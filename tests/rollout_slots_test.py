@@ -338,7 +338,9 @@ SEGMENTED = [
 
 
 @pytest.mark.parametrize(
-  "name, more", [("MoE", m) for m in SEGMENTED] + [("dense", SEGMENTED[1])], ids=str
+  "name, more",
+  [("MoE", m) for m in SEGMENTED] + [("dense", SEGMENTED[1])],
+  ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
 def test_segments_equal_one_run_bit_for_bit(name, more):
   """With refill, budgets, stop strings, supports and experts."""
@@ -526,8 +528,8 @@ def test_norms_are_those_of_each_layers_output_at_the_last_token(name, key):
 @both
 @pytest.mark.parametrize("budget", [0, 70])
 def test_a_token_that_spoils_its_row_spoils_no_other(name, budget, key):
-  """Rows that draw it have logits that are not finite a step later, whatever seats they
-  sit in. The others' numbers are those of sound weights."""
+  """Rows that draw it are broken off with it, whatever seats they sit in, and also where
+  it is their last. The others' numbers are those of sound weights."""
   network, weights = NETWORKS[name], weights_of(name)
   how = dict(group_size=GROUP, max_tokens=LENGTH, pad_id=PAD)
   s = sampling.Sampler(slots=6, cache_tokens=budget, **how)
@@ -542,12 +544,14 @@ def test_a_token_that_spoils_its_row_spoils_no_other(name, budget, key):
     if not np.asarray(drawn.nonfinite).any():  # it was not drawn again
       assert_same_tokens(*(jax.tree.map(np.asarray, x) for x in (drawn, sound)))
       continue
-    then = advance(network, *weights, carry, int(drawn.steps[0]) - 1, s)
-    before = rollout.finish(then)
-    at = np.maximum(np.asarray(before.lengths) - 1, 0)[..., None]
-    last = np.take_along_axis(np.asarray(before.tokens), at, axis=2)[..., 0]
-    alive = np.isin(np.arange(OUTPUTS).reshape(last.shape), then.slots.output)
-    alive &= np.asarray(before.lengths > 0)
+    steps = int(drawn.steps[0])
+    before, after = (
+      rollout.finish(advance(network, *weights, carry, n, s))
+      for n in (steps - 1, steps)
+    )
+    at = np.maximum(np.asarray(after.lengths) - 1, 0)[..., None]
+    last = np.take_along_axis(np.asarray(after.tokens), at, axis=2)[..., 0]
+    alive = np.asarray(after.lengths > before.lengths)
     want = alive & (last == token)
     np.testing.assert_array_equal(drawn.nonfinite, want)
     spoilt, sound_beside = spoilt + want.sum(), sound_beside + (alive & ~want).sum()

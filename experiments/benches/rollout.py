@@ -4,6 +4,7 @@ On the host's cores. What is compared takes turns in one command; figures are me
 """
 
 import argparse
+import contextlib
 import importlib.util
 import pathlib
 import platform
@@ -44,6 +45,8 @@ def run(options: argparse.Namespace) -> dict:
     UserError: no such part, too few repeats, a part would be written as the whole, or
       torch is missing.
   """
+  with contextlib.suppress(RuntimeError):  # JAX has begun: its devices are those then
+    jax.config.update("jax_num_cpu_devices", rollout_parts.cores())
   return measure(options, rollout_parts.Sizes())
 
 

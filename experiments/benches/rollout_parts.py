@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pickle
 import statistics
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax import grpo, rollout, train_state
+from r1jax import grpo, rollout, sharding, train_state
 from r1jax.errors import UserError
 from r1jax.models import config, policy
 from r1jax.models.mla import Sequence
@@ -70,6 +71,7 @@ class Sizes:
     layers = layers or self.layers
     sizes = dict(vocab=self.vocab, width=self.width, layers=layers, dense_layers=layers)
     sizes |= dict(heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim)
+    sizes |= dict(unroll=layers)
     return policy.Policy(
       config.PolicyConfig(**sizes, attention="gqa", qkv_bias=True, dense_ffn=self.ffn)
     )
@@ -110,6 +112,21 @@ def problems(count: int, length: int, vocab: int, first: int = 0) -> PromptBatch
     answers=jnp.full((count, 1, 1), -1, jnp.int32),
     ids=jnp.asarray(ids, jnp.int32),
   )
+
+
+@contextlib.contextmanager
+def a_device_each_core(prompts: int) -> Iterator[Callable]:
+  """A mesh of one CPU device a core, as far as they divide the prompts: XLA alone keeps
+  small products on one core. Yields (array tree, whether its rows are cut) -> there."""
+  count = math.gcd(min(cores(), len(jax.devices())), prompts)
+  mesh = sharding.make_mesh((count, 1, 1), jax.devices()[:count])
+
+  def put(tree, rows=False):
+    cut = sharding.batch_sharding(mesh) if rows else sharding.replicated(mesh)
+    return jax.device_put(tree, cut)
+
+  with jax.set_mesh(mesh):
+    yield put
 
 
 def compiled(function: Callable, *args: Any, **how: Any) -> tuple[Callable, float]:
@@ -244,12 +261,15 @@ def logits(network: policy.Policy, params: dict, prompts: PromptBatch) -> jax.Ar
 def transformers(z: Sizes, repeats: int) -> dict:
   """The rollout alone, tokens a second."""
   network = z.dense()
-  params, router = weights_of(network)
+  weights = weights_of(network)
   prompts = problems(z.prompts, z.prompt, z.vocab)
-  args = params, router, prompts, jax.random.key(0)
   run = sampler(network, group_size=z.group, max_tokens=z.new)
-  ours, compile_seconds = compiled(run, *args)
-  with torch_process(network, params, prompts) as theirs:
+  with (
+    torch_process(network, weights[0], prompts) as theirs,
+    a_device_each_core(z.prompts) as put,
+  ):
+    args = *put(weights), put(prompts, rows=True), put(jax.random.key(0))
+    ours, compile_seconds = compiled(run, *args)
     tokens = np.asarray(prompts.tokens)
     runs = dict(
       r1jax=lambda: timed(ours, *args),
@@ -280,8 +300,8 @@ def iteration(z: Sizes, repeats: int) -> dict:
   """Rollout, reward, advantages and one AdamW update, in seconds. Of r1jax's one
   program the update is what it takes beyond the rollout alone."""
   network = z.dense()
-  params, router = weights_of(network)
-  prompts, key = problems(z.prompts, z.prompt, z.vocab), jax.random.key(0)
+  weights = weights_of(network)
+  prompts = problems(z.prompts, z.prompt, z.vocab)
   optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5, steps=100))
   step = functools.partial(
     grpo.whole_step,
@@ -299,24 +319,31 @@ def iteration(z: Sizes, repeats: int) -> dict:
     stop_ids=(),
     pad_id=PAD,
   )
-  state = train_state.restart(
-    jax.tree.map(jnp.copy, params), router, optimizer, reference=False
-  )
-  whole, compile_seconds = compiled(step, state, prompts, key, donate_argnums=0)
   run = sampler(network, group_size=z.group, max_tokens=z.new)
-  alone, _ = compiled(run, params, router, prompts, key)
+  with (
+    torch_process(network, weights[0], prompts) as theirs,
+    a_device_each_core(z.prompts) as put,
+  ):
+    asked = put(prompts, rows=True), put(jax.random.key(0))
+    weights = put(weights)
+    copy = jax.tree.map(jnp.copy, weights)
+    state = put(train_state.restart(*copy, optimizer, reference=False))
+    out = jax.tree.map(lambda x: x.sharding, state), None, None, None
+    whole, compile_seconds = compiled(
+      step, state, *asked, donate_argnums=0, out_shardings=out
+    )
+    alone, _ = compiled(run, *weights, *asked)
 
-  def ours():
-    nonlocal state
-    start = time.perf_counter()
-    state, *_ = jax.block_until_ready(whole(state, prompts, key))
-    return time.perf_counter() - start
+    def ours():
+      nonlocal state
+      start = time.perf_counter()
+      state, *_ = jax.block_until_ready(whole(state, *asked))
+      return time.perf_counter() - start
 
-  with torch_process(network, params, prompts) as theirs:
     tokens = np.asarray(prompts.tokens)
     runs = dict(
       r1jax=ours,
-      r1jax_rollout=lambda: timed(alone, params, router, prompts, key),
+      r1jax_rollout=lambda: timed(alone, *weights, *asked),
       torch=lambda: theirs("iteration", tokens, z.group, z.new, z.micro_batches),
     )
     times = interleaved(repeats, runs)
@@ -356,33 +383,34 @@ def refill(z: Sizes, repeats: int) -> dict:
   if over or z.queue % few:
     raise UserError(f"{z.slots} slots do not divide {z.queue} x {z.group} outputs.")
   network = z.dense()
-  weights, key = weights_of(network), jax.random.key(1)
   lengths = heavy_tail(z.queue * z.group, z.median, z.cap).reshape(z.queue, z.group)
   how = dict(group_size=z.group, max_tokens=z.cap)
-
-  def part(start, count):
-    limits = jnp.asarray(lengths[start : start + count])
-    return problems(count, z.prompt, z.vocab, start), key, limits
-
-  whole = part(0, z.queue)
-  parts = [part(start, few) for start in range(0, z.queue, few)]
-  refilled, _ = compiled(sampler(network, **how, slots=z.slots), *weights, *whole)
-  static, _ = compiled(sampler(network, **how), *weights, *parts[0])
-
-  def in_turn(*all_parts):
-    return [jax.block_until_ready(static(*weights, *p)) for p in all_parts]
-
   drawn = {}
+  with a_device_each_core(few) as put:
+    weights, key = put(weights_of(network)), put(jax.random.key(1))
 
-  def keep(name, program, *args):
-    drawn[name] = program(*args)
-    return drawn[name]
+    def part(start, count):
+      asked = problems(count, z.prompt, z.vocab, start)
+      limits = jnp.asarray(lengths[start : start + count])
+      return put(asked, rows=True), key, put(limits, rows=True)
 
-  runs = dict(
-    refill=lambda: timed(keep, "refill", refilled, *weights, *whole),
-    static=lambda: timed(keep, "static", in_turn, *parts),
-  )
-  times = interleaved(repeats, runs)
+    whole = part(0, z.queue)
+    parts = [part(start, few) for start in range(0, z.queue, few)]
+    refilled, _ = compiled(sampler(network, **how, slots=z.slots), *weights, *whole)
+    static, _ = compiled(sampler(network, **how), *weights, *parts[0])
+
+    def in_turn(*all_parts):
+      return [jax.block_until_ready(static(*weights, *p)) for p in all_parts]
+
+    def keep(name, program, *args):
+      drawn[name] = program(*args)
+      return drawn[name]
+
+    runs = dict(
+      refill=lambda: timed(keep, "refill", refilled, *weights, *whole),
+      static=lambda: timed(keep, "static", in_turn, *parts),
+    )
+    times = interleaved(repeats, runs)
   one, many = drawn["refill"], drawn["static"]
   if not (np.asarray(one.lengths) == lengths).all():
     raise RuntimeError("an output has not the length that it was given")

@@ -87,6 +87,8 @@ class PolicyConfig:
   dtype: str = "float32"  # of activations; parameters are float32
   moe: str = "dense"  # "dense": every expert on every token; "ragged": sorted tokens
   remat: bool = False  # recompute each layer in the backward pass
+  # Layers a turn of the loop over them: more compile longer, and on a CPU save copies.
+  unroll: int = 1
   implementation: str = "auto"  # of attention and experts (implementation.py)
 
   def __post_init__(self):
@@ -144,6 +146,7 @@ class PolicyConfig:
         0 <= self.dense_layers <= self.layers,
         f"dense_layers={self.dense_layers} must lie in 0..layers={self.layers}",
       ),
+      (self.unroll >= 1, f"unroll={self.unroll} must be 1 or more"),
       (self.mtp_depth in (0, 1), f"mtp_depth={self.mtp_depth} must be 0 or 1"),
       (
         self.implementation in implementation.NAMES,

@@ -90,6 +90,7 @@ def _stack(config: PolicyConfig, moe: bool, length: int) -> nn.Module:
     split_rngs={"params": True},
     in_axes=(nn.broadcast, 0, 0, nn.broadcast),
     length=length,
+    unroll=min(config.unroll, length),
     metadata_params={nn.PARTITION_NAME: "layers"},
   )(config, moe)
 
