@@ -528,8 +528,8 @@ def test_norms_are_those_of_each_layers_output_at_the_last_token(name, key):
 @both
 @pytest.mark.parametrize("budget", [0, 70])
 def test_a_token_that_spoils_its_row_spoils_no_other(name, budget, key):
-  """Rows that draw it are broken off with it, whatever seats they sit in, and also where
-  it is their last. The others' numbers are those of sound weights."""
+  """Rows that draw it are broken off with it, whatever seats they sit in, also where it
+  is their last. The others' numbers are those of sound weights."""
   network, weights = NETWORKS[name], weights_of(name)
   how = dict(group_size=GROUP, max_tokens=LENGTH, pad_id=PAD)
   s = sampling.Sampler(slots=6, cache_tokens=budget, **how)

@@ -207,7 +207,7 @@ def markdown(found: dict) -> list[str]:
     times = [f"{row[k]:.2f}" for k in ("memory_ms", "matrix_ms", "least_ms")]
     lines.append("| " + " | ".join([row["tiles"], size, *times]) + " |")
   if found["gpu"] == NOT_MEASURED:
-    return [*lines, "", "On a GPU: not measured."]
+    return [*lines, "", "On a GPU: not measured in this run."]
   lines += ["", f"On {jax.devices()[0].device_kind}:", ""]
   for row in found["gpu"]:
     figures = [f"{k} {v:.3g}" for k, v in row.items() if isinstance(v, float)]
