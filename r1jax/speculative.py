@@ -23,8 +23,8 @@ DRAFT, ACCEPT = 1, 2
 NEVER = -1e30
 
 # Rows of a data shard up to which "auto" drafts, by platform, as measured: beyond,
-# arithmetic binds a step and two tokens a row cost twice as much. On a CPU drafting lost
-# at every number of rows; on a GPU and a TPU it has not been measured.
+# arithmetic binds a step and two tokens a row cost twice as much. On a CPU drafting
+# lost at every number of rows; on a GPU and a TPU it has not been measured.
 AUTO_ROWS = {"cpu": 0}
 
 
