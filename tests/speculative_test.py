@@ -121,9 +121,8 @@ def forward(network, weights, tokens):
 
 
 @BOTH
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probabilities_are_the_policys(network, temperature, random_weights):
-  weights, batch = random_weights(network), batch_of(ROWS)
+def test_log_probabilities_are_the_policys(network, random_weights):
+  weights, batch, temperature = random_weights(network), batch_of(ROWS), 0.7
   said = sample(network, weights, batch, temperature=temperature, speculative="on")
   rows = experience.rows_of(batch, jax.tree.map(jnp.asarray, said))
   want, out = jax.jit(
@@ -152,10 +151,9 @@ def test_drafts_of_a_truncated_sampler_stay_in_its_support(random_weights):
 def test_an_output_does_not_depend_on_its_slot(random_weights):
   weights, batch = random_weights(DRAFTING), batch_of([*ROWS, [5]])
   everyone = sample(DRAFTING, weights, batch, speculative="on", max_tokens=40)
-  for slots in (3, 8):
-    few = sample(DRAFTING, weights, batch, speculative="on", max_tokens=40, slots=slots)
-    np.testing.assert_array_equal(few.tokens, everyone.tokens)
-    np.testing.assert_array_equal(few.accepted, everyone.accepted)
+  few = sample(DRAFTING, weights, batch, speculative="on", max_tokens=40, slots=3)
+  np.testing.assert_array_equal(few.tokens, everyone.tokens)
+  np.testing.assert_array_equal(few.accepted, everyone.accepted)
   tight = sample(
     DRAFTING, weights, batch, speculative="on", max_tokens=40, slots=8, cache_tokens=273
   )
