@@ -159,7 +159,8 @@ def against_torch(f: dict, z: rollout_parts.Sizes) -> list[str]:
 def refill(f: dict, z: rollout_parts.Sizes) -> list[str]:
   return [
     f"{z.queue * z.group:,} outputs with log-normal lengths (p50 {z.median}, p99"
-    f" {z.cap}, cut there) over {z.slots} slots:",
+    f" {z.cap}, cut there) over {z.slots} slots"
+    f" and a cache of {z.cache_tokens:,} tokens:",
     "",
     "| | steps | slots in use | tokens a second |",
     "|---|---|---|---|",

@@ -54,6 +54,7 @@ class Sizes:
   # Refill: lengths of p50 `median` and p99 `cap`.
   queue: int = 64  # prompts
   slots: int = 64
+  cache_tokens: int = 8192  # of the queue's outputs; half of what all could fill
   median: int = 32
   cap: int = 256
   # The shared prefix.
@@ -396,7 +397,8 @@ def refill(z: Sizes, repeats: int) -> dict:
 
     whole = part(0, z.queue)
     parts = [part(start, few) for start in range(0, z.queue, few)]
-    refilled, _ = compiled(sampler(network, **how, slots=z.slots), *weights, *whole)
+    few_seats = dict(slots=z.slots, cache_tokens=z.cache_tokens)
+    refilled, _ = compiled(sampler(network, **how, **few_seats), *weights, *whole)
     static, _ = compiled(sampler(network, **how), *weights, *parts[0])
 
     def in_turn(*all_parts):

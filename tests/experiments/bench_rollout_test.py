@@ -26,6 +26,7 @@ TOY = rollout_parts.Sizes(
   micro_batches=2,
   queue=8,
   slots=8,
+  cache_tokens=0,
   median=4,
   cap=16,
   prefix=64,
