@@ -48,7 +48,8 @@ def main(argv: list[str]) -> None:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
-    print("stopped; the same command goes on where it was", file=sys.stderr)
+    goes_on = "; the same command goes on where it was"
+    print("stopped" + goes_on * (options.bench == "algorithms"), file=sys.stderr)
     sys.exit(130)
   if options.json:
     print(json.dumps(result))
