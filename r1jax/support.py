@@ -18,8 +18,8 @@ def check(top_k: int, top_p: float, min_p: float = 0.0) -> None:
   """Raises UserError where a bound keeps nothing or means nothing."""
   if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
     raise UserError(
-      f"top_k={top_k} must be 0 (off) or more, top_p={top_p} above 0 and at most 1 (off),"
-      f" and min_p={min_p} from 0 (off) to 1."
+      f"top_k={top_k} must be 0 (off) or more, top_p={top_p} above 0 and at most 1"
+      f" (off), and min_p={min_p} from 0 (off) to 1."
     )
 
 
