@@ -21,8 +21,8 @@ from r1jax.errors import UserError
 from r1jax.experience import shuffled
 from r1jax.grpo import ROLLOUT, SHUFFLE, key_of
 from r1jax.models import moe
-from r1jax.models.mla import Sequence
 from r1jax.models.policy import Policy
+from r1jax.models.sequence import Sequence
 from r1jax.optimizer import accumulate, descend
 from r1jax.prompts import PromptBatch
 from r1jax.rollout import Rollout, sample

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from r1jax import sharding
 from r1jax.dynamic_sampling import Slots
 from r1jax.errors import UserError
-from r1jax.models.mla import Sequence
 from r1jax.models.policy import Forward, Policy
+from r1jax.models.sequence import Sequence
 from r1jax.objective import Objective
 from r1jax.prompts import PromptBatch
 from r1jax.rewards import in_graph
@@ -45,11 +45,20 @@ class Rows:
     return self.completion_mask & self.in_loss[..., None]
 
 
-def sequences(rows: Rows) -> tuple[jax.Array, Sequence]:
-  """Prompt and completion as one row of tokens [M, P + T], and where they stand."""
-  tokens = jnp.concatenate([rows.prompts, rows.completions], axis=1)
-  mask = jnp.concatenate([rows.prompt_mask, rows.completion_mask], axis=1)
-  return sharding.shard_batch(tokens), Sequence.of_mask(mask)
+def sequences(rows: Rows, group: int = 1) -> tuple[jax.Array, Sequence]:
+  """Prompt and completion as one row of tokens [M, P + T], and where they stand; of
+  whole groups of so many outputs [M / G, P + G T], with their prompt there once."""
+  if group == 1:
+    tokens = jnp.concatenate([rows.prompts, rows.completions], axis=1)
+    mask = jnp.concatenate([rows.prompt_mask, rows.completion_mask], axis=1)
+    return sharding.shard_batch(tokens), Sequence.of_mask(mask)
+  prompts, mask = (
+    x.reshape(-1, group, x.shape[1])[:, 0] for x in (rows.prompts, rows.prompt_mask)
+  )
+  outputs = rows.completions.reshape(len(prompts), -1)
+  seq = Sequence.of_groups(mask, together(rows.completion_mask, group))
+  tokens = jnp.concatenate([prompts, outputs], axis=1)
+  return sharding.shard_batch(tokens), seq
 
 
 def completion_logprobs(
@@ -60,6 +69,7 @@ def completion_logprobs(
   temperature: float,
   *,
   replay: bool = False,
+  group: int = 1,
 ) -> tuple[jax.Array, Forward]:
   """Log-probabilities of the completions, teacher-forced, of the distribution that the
   sampler drew from: at its temperature and over its support.
@@ -69,15 +79,26 @@ def completion_logprobs(
     rows: M rows.
     temperature: divides the logits.
     replay: use the experts that the sampler chose.
+    group: the rows are groups of so many outputs, one after the other, and each prompt
+      is computed once. The numbers are the same.
 
   Returns:
-    ([M, T] float32, the forward pass); only real tokens are counted in its load.
+    ([M, T] float32, the forward pass, a row for each output and without a cache); only
+    real tokens are counted in its load.
   """
   length = rows.prompts.shape[1]
-  tokens, seq = sequences(rows)
-  experts = rows.experts.swapaxes(0, 1) if replay and rows.experts is not None else None
+  tokens, seq = sequences(rows, group)
+  experts = None
+  if replay and rows.experts is not None:
+    experts = jax.vmap(seq.by_group, 1)(rows.experts)
   variables = {"params": params, "router": router}
   out = policy.apply(variables, tokens, seq, experts)
+  out = out.replace(
+    hidden=seq.by_output(out.hidden),
+    trunk=seq.by_output(out.trunk),
+    experts=None if out.experts is None else jax.vmap(seq.by_output)(out.experts),
+    cache=None,
+  )
   hidden = out.hidden[:, length - 1 : -1]
   logprobs, _ = policy.apply(
     variables,
@@ -140,16 +161,32 @@ def counted(slots: Slots, o: Objective) -> Rows:
   return rows.replace(in_loss=in_loss, in_mean=in_mean)
 
 
-def by_parts(function: Callable[[Rows], Any], rows: Rows, parts: int) -> Any:
-  """function(rows), a part at a time; part i takes rows i, i + parts, ..."""
+def together(x: jax.Array, size: int) -> jax.Array:
+  """[M, ...] -> [M / size, size, ...]."""
+  return x.reshape(-1, size, *x.shape[1:])
+
+
+def apart(x: jax.Array) -> jax.Array:
+  """[N, size, ...] -> [N size, ...]."""
+  return x.reshape(-1, *x.shape[2:])
+
+
+def by_parts(
+  function: Callable[[Rows], Any], rows: Rows, parts: int, group: int = 1
+) -> Any:
+  """function(rows), a part at a time; part i takes groups i, i + parts, ..."""
 
   def cut(x):
-    return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+    return together(together(x, group), parts).swapaxes(0, 1)
 
   def join(x):
-    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+    return apart(apart(x.swapaxes(0, 1)))
 
-  return jax.tree.map(join, jax.lax.map(function, jax.tree.map(cut, rows)))
+  def part(x):
+    found = function(jax.tree.map(apart, x))
+    return jax.tree.map(lambda x: together(x, group), found)
+
+  return jax.tree.map(join, jax.lax.map(part, jax.tree.map(cut, rows)))
 
 
 def recall(rows: Rows, state: TrainState, policy: Policy, config: StepConfig) -> Rows:
@@ -164,10 +201,11 @@ def recall(rows: Rows, state: TrainState, policy: Policy, config: StepConfig) ->
   def logprobs(params, router, replay):
     return by_parts(
       lambda part: completion_logprobs(
-        policy, params, router, part, c.temperature, replay=replay
+        policy, params, router, part, c.temperature, replay=replay, group=c.unit
       )[0],
       rows,
       parts,
+      c.unit,
     )
 
   if o.old_logprobs == "trainer":
@@ -216,9 +254,14 @@ def token_kl(rows: Rows) -> jax.Array:
   return jnp.where(rows.completion_mask, gap, 0.0)
 
 
-def shuffled(rows: Any, key: jax.Array, minibatches: int) -> Any:
-  """Arrays with a first axis of M rows, in a random order, as [K, M / K, ...]; every
-  minibatch is spread over all devices."""
-  order = jax.random.permutation(key, jax.tree.leaves(rows)[0].shape[0])
+def shuffled(rows: Any, key: jax.Array, minibatches: int, group: int = 1) -> Any:
+  """Arrays with a first axis of M rows, in a random order, as [K, M / K, ...]; groups
+  of so many rows stay together; every minibatch is spread over all devices."""
+  order = jax.random.permutation(key, jax.tree.leaves(rows)[0].shape[0] // group)
   order = order.reshape(minibatches, -1)
-  return jax.tree.map(lambda x: sharding.shard_batch(x[order], axis=1), rows)
+
+  def one(x):
+    x = jax.vmap(apart)(together(x, group)[order])
+    return sharding.shard_batch(x, axis=1)
+
+  return jax.tree.map(one, rows)

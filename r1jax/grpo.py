@@ -92,7 +92,8 @@ def experience(
   advantages = group_relative(rewards, slots.filled, o).reshape(-1, 1)
   rows = rows.replace(advantages=jnp.broadcast_to(advantages, rows.completions.shape))
   metrics = diagnostics.of_batch(slots, rewards, rows.advantages)
-  return shuffled(rows, key_of(key, state.step, SHUFFLE), c.minibatches), metrics
+  order = key_of(key, state.step, SHUFFLE)
+  return shuffled(rows, order, c.minibatches, c.unit), metrics
 
 
 def update(
@@ -117,7 +118,13 @@ def update(
 
   def loss_fn(params, part):
     logprobs, out = completion_logprobs(
-      policy, params, state.router, part, c.temperature, replay=c.routing_replay
+      policy,
+      params,
+      state.router,
+      part,
+      c.temperature,
+      replay=c.routing_replay,
+      group=c.unit,
     )
     loss, (metrics, per_token) = policy_loss(
       logprobs, part, c.objective, totals, window=c.max_tokens
@@ -135,7 +142,7 @@ def update(
     return loss + extra, ({**metrics, **figures}, load, per_token)
 
   grads, metrics, load, per_token = accumulate(
-    loss_fn, state.params, rows, c.micro_batches
+    loss_fn, state.params, rows, c.micro_batches, c.unit
   )
   learnt = rows.mask.any()  # not of empty slots, masked or lost samples alone
   params, opt_state = descend(

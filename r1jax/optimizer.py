@@ -96,18 +96,20 @@ def accumulate(
   params: Any,
   batch: Any,
   micro_batches: int,
+  group: int = 1,
 ) -> tuple[Any, dict, Any, Any]:
   """The gradient of a sum of losses, one part of the batch at a time.
 
-  Part i takes rows i, i + n, ..., so that every part is spread over all devices.
+  Part i takes groups i, i + n, ..., so that every part is spread over all devices.
 
   Args:
     loss_fn: (params, part) -> (loss, (metrics, counts, per_row)); losses, metrics and
       counts of the parts add up to those of the batch (metrics named `_max` take the
       maximum); per_row holds arrays whose first axis is the part's rows.
     params: where the gradient is taken.
-    batch: arrays with a common first axis that `micro_batches` divides.
+    batch: arrays with a common first axis, that n * group divides.
     micro_batches: n.
+    group: rows that stay together.
 
   Returns:
     (gradients, metrics, counts, per_row in the order of the batch's rows).
@@ -116,15 +118,22 @@ def accumulate(
     ValueError: the rows do not divide into the parts.
   """
   rows = jax.tree.leaves(batch)[0].shape[0]
-  if rows % micro_batches:
+  if rows % (micro_batches * group):
     raise ValueError(
-      f"{rows} rows do not divide into micro_batches={micro_batches} equal parts; use a"
-      " divisor of the rows."
+      f"{rows} rows do not divide into micro_batches={micro_batches} equal parts of"
+      f" whole groups of {group}; use a divisor of {rows // group}."
     )
   grad_fn = jax.grad(loss_fn, has_aux=True)
-  parts = jax.tree.map(
-    lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch
-  )
+
+  def cut(x):
+    x = x.reshape(-1, micro_batches, group, *x.shape[1:]).swapaxes(0, 1)
+    return x.reshape(micro_batches, -1, *x.shape[3:])
+
+  def join(x):
+    x = x.reshape(micro_batches, -1, group, *x.shape[2:]).swapaxes(0, 1)
+    return x.reshape(rows, *x.shape[3:])
+
+  parts = jax.tree.map(cut, batch)
 
   def add(total, part):
     grads, (metrics, counts, per_row) = grad_fn(params, part)
@@ -137,7 +146,4 @@ def accumulate(
     k: v.max(axis=0) if k.endswith("_max") else v.sum(axis=0)
     for k, v in metrics.items()
   }
-  per_row = jax.tree.map(
-    lambda x: x.swapaxes(0, 1).reshape(rows, *x.shape[2:]), per_row
-  )
-  return grads, metrics, counts, per_row
+  return grads, metrics, counts, jax.tree.map(join, per_row)

@@ -245,7 +245,7 @@ def experience(
   metrics = diagnostics.of_batch(slots, rewards, advantages)
   batch = ValueRows(rows, old_values=values, returns=returns)
   order = grpo.key_of(key, state.step, grpo.SHUFFLE)
-  return shuffled(batch, order, c.minibatches), metrics
+  return shuffled(batch, order, c.minibatches, c.unit), metrics
 
 
 def update_value(

@@ -20,7 +20,7 @@ import optax
 
 from r1jax import sharding
 from r1jax.errors import UserError
-from r1jax.models.mla import Sequence
+from r1jax.models.sequence import Sequence
 from r1jax.models.value import Value
 from r1jax.optimizer import accumulate, descend
 from r1jax.train_state import TrainState

@@ -27,7 +27,7 @@ from r1jax import ops, sampling, sharding, slots, speculative
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import NumericalError, UserError
 from r1jax.models import cache as caches
-from r1jax.models import mla
+from r1jax.models import sequence
 from r1jax.models.policy import Policy, layers_of
 from r1jax.prompts import PromptBatch, pad_left
 from r1jax.sampling import Sampler
@@ -153,7 +153,7 @@ def start(
   earlier = repeats(prompts.ids) if earlier is None else earlier
   made = plan(policy, batch, s)
   variables = {"params": params, "router": router}
-  seq = mla.Sequence.of_mask(prompts.mask)
+  seq = sequence.Sequence.of_mask(prompts.mask)
   out = policy.apply(variables, prompts.tokens, seq)
   split = caches.is_split(policy.config.implementation)
   layout, draft_cache = policy.config.cache, None

@@ -241,6 +241,13 @@ def check(config: ConfigDict, devices: int) -> None:
       f" multiple of {parts * shards}",
     ),
     (
+      not g.whole_groups or c.prompts % (parts * shards) == 0,
+      f"grpo.whole_groups=True: prompts={c.prompts} groups do not divide into"
+      f" grpo.minibatches x grpo.micro_batches = {g.minibatches} x {g.micro_batches}"
+      f" parts over {shards} data shards; lower grpo.micro_batches, or make prompts a"
+      f" multiple of {parts * shards}",
+    ),
+    (
       c.pretrain.steps == 0 or c.pretrain.rows % (micro * shards) == 0,
       f"pretrain.rows={c.pretrain.rows} is not divisible by"
       f" pretrain.micro_batches={micro} x {shards} data shards; try"

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from r1jax.models import moe
-from r1jax.models.mla import Sequence
 from r1jax.models.policy import Policy
+from r1jax.models.sequence import Sequence
 from r1jax.optimizer import OptimizerConfig, accumulate, descend
 from r1jax.train_state import TrainState
 

@@ -17,6 +17,7 @@ class StepConfig:
   group_size: int = 16  # G
   minibatches: int = 16  # K updates a rollout, each output in one of them
   micro_batches: int = 1  # parts of a minibatch whose gradients are summed
+  whole_groups: bool = False  # a minibatch has whole groups; each prompt computed once
   max_tokens: int = 32_768  # T
   temperature: float = 1.0
   top_k: int = 0  # sample from the k most likely tokens; 0: from all
@@ -69,6 +70,11 @@ class StepConfig:
     names = ("group_size", "max_tokens", "temperature", "top_k", "top_p", "min_p")
     names += ("slots", "cache_tokens", "speculative", "stop")
     return {name: getattr(self, name) for name in names} | more
+
+  @property
+  def unit(self) -> int:
+    """Outputs that stay together when a rollout is cut into parts."""
+    return self.group_size if self.whole_groups else 1
 
   @property
   def bias_rate(self) -> float:

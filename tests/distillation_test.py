@@ -15,7 +15,7 @@ from r1jax.distillation import DIVERGENCES, DistillConfig, OnPolicyConfig
 from r1jax.errors import UserError
 from r1jax.experience import shuffled
 from r1jax.grpo import SHUFFLE, key_of
-from r1jax.models.mla import Sequence
+from r1jax.models.sequence import Sequence
 from r1jax.optimizer import OptimizerConfig, make_optimizer
 
 VOCAB, HEIGHT, WIDTH = golden.VOCAB, 8, 11

@@ -12,7 +12,7 @@ from quick import QUICK
 
 from r1jax import implementation, ops, sharding
 from r1jax.models import config, policy
-from r1jax.models.mla import Sequence
+from r1jax.models.sequence import Sequence
 
 VOCAB = 16
 ALL = ("xla", "mosaic", "triton")

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from r1jax import experience, grpo, moe_losses, train_state
-from r1jax.models.mla import Sequence
+from r1jax.models.sequence import Sequence
 from r1jax.objective import Objective
 from r1jax.rollout import sample
 

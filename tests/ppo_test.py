@@ -19,7 +19,7 @@ from r1jax.advantages import gae
 from r1jax.dynamic_sampling import all_of
 from r1jax.errors import UserError
 from r1jax.experience import Rows
-from r1jax.models.mla import Sequence
+from r1jax.models.sequence import Sequence
 from r1jax.models.value import Value, from_policy
 from r1jax.objective import Objective
 from r1jax.policy_loss import Totals

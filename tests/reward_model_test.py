@@ -14,7 +14,7 @@ from trees import assert_same, host
 from r1jax import reward_model, train_state
 from r1jax.errors import UserError
 from r1jax.evals import calibration
-from r1jax.models.mla import Sequence
+from r1jax.models.sequence import Sequence
 from r1jax.models.value import Value, from_policy
 from r1jax.reward_model import Labelled, Pairs, Responses
 

@@ -14,7 +14,7 @@ from quick import QUICK
 from r1jax import experience, levels, prompts, rollout, sampling, sharding
 from r1jax.errors import UserError
 from r1jax.models import config, policy
-from r1jax.models.mla import Sequence
+from r1jax.models.sequence import Sequence
 from r1jax.stopping import StopStrings
 
 VOCAB, PAD, STOPS = 16, 0, (3, 5)

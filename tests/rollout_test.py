@@ -10,7 +10,7 @@ import pytest
 
 from r1jax import experience, prompts, rollout, sampling
 from r1jax.models import config, moe, policy
-from r1jax.models.mla import Sequence
+from r1jax.models.sequence import Sequence
 
 VOCAB, PAD, STOPS = 16, 0, (3, 5, 9)
 WINDOW, GROUP, LENGTH = 5, 2, 10

@@ -92,6 +92,11 @@ REFUSED = [
       "multiple of 32",
     ],
   ),
+  (
+    dict(grpo__whole_groups=True),
+    1,
+    ["grpo.whole_groups=True", "prompts=16 groups", "2 x 16", "multiple of 32"],
+  ),
   (dict(pretrain__rows=50), 1, ["pretrain.rows=50", "pretrain.micro_batches=8"]),
   (dict(eval__problems=0), 1, ["eval.problems=0", "at least 1"]),
   (dict(eval__samples=1), 1, ["eval.samples=1", "at least 2"]),

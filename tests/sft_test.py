@@ -9,7 +9,7 @@ import pytest
 
 from r1jax import optimizer, sft, train_state
 from r1jax.models import config, policy
-from r1jax.models.mla import Sequence
+from r1jax.models.sequence import Sequence
 
 VOCAB, WIDTH, ROWS = 16, 12, 7
 SIZES = dict(

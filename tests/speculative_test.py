@@ -13,7 +13,7 @@ from rollout_test import NETWORK, PAD, ROWS, VOCAB, batch_of
 from r1jax import experience, rollout, speculative
 from r1jax.errors import UserError
 from r1jax.models import config, policy
-from r1jax.models.mla import Sequence
+from r1jax.models.sequence import Sequence
 from r1jax.sampling import Sampler
 
 DRAFTING = policy.Policy(dataclasses.replace(NETWORK.config, mtp_depth=1))

@@ -8,8 +8,8 @@ import pytest
 from r1jax import support as supports
 from r1jax import vocabulary
 from r1jax.models import config
-from r1jax.models.mla import Sequence
 from r1jax.models.policy import Policy
+from r1jax.models.sequence import Sequence
 
 B, T, D, V = 2, 7, 5, 21
 

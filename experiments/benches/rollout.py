@@ -17,9 +17,23 @@ import matplotlib.pyplot as plt
 import rich.console
 import rich.progress
 
-from experiments.benches import kernels, rollout_parts
+from experiments.benches import (
+  kernels,
+  rollout_beside_torch,
+  rollout_drafts,
+  rollout_parts,
+)
 from r1jax.errors import UserError
 
+PARTS = {
+  "transformers": rollout_beside_torch.transformers,
+  "iteration": rollout_beside_torch.iteration,
+  "refill": rollout_parts.refill,
+  "prefix": rollout_parts.prefix,
+  "length": rollout_parts.length,
+  "speculative": rollout_drafts.speculative,
+}
+NEEDS_TORCH = {"transformers", "iteration"}
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "rollout.md"
 BEGIN, END = "<!-- rollout: begin -->\n", "<!-- rollout: end -->\n"
 
@@ -28,7 +42,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--only",
     default="",
-    help=f"of {', '.join(rollout_parts.PARTS)}, with commas between; empty: all",
+    help=f"of {', '.join(PARTS)}, with commas between; empty: all",
   )
   parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
   parser.add_argument(
@@ -57,7 +71,7 @@ def measure(options: argparse.Namespace, sizes: rollout_parts.Sizes) -> dict:
     raise UserError(f"--repeats={options.repeats} must be at least 1.")
   if options.write and options.only:
     raise UserError("--write puts all parts into the docs; leave out --only.")
-  if rollout_parts.NEEDS_TORCH & set(names):
+  if NEEDS_TORCH & set(names):
     check_torch()
   found = {
     "bench": "rollout",
@@ -73,7 +87,7 @@ def measure(options: argparse.Namespace, sizes: rollout_parts.Sizes) -> dict:
     task = progress.add_task("", total=len(names))
     for name in names:
       progress.update(task, description=name)
-      found |= rollout_parts.PARTS[name](sizes, options.repeats)
+      found |= PARTS[name](sizes, options.repeats)
       progress.advance(task)
   tables = "\n".join(markdown(found, sizes)) + "\n"
   print(tables)
@@ -85,7 +99,7 @@ def measure(options: argparse.Namespace, sizes: rollout_parts.Sizes) -> dict:
 
 def chosen(only: str) -> list[str]:
   """Raises UserError where a name is no part's."""
-  names = list(rollout_parts.PARTS)
+  names = list(PARTS)
   wanted = [name for name in only.split(",") if name] or names
   wrong = sorted(set(wanted) - set(names))
   if wrong:
@@ -97,7 +111,7 @@ def check_torch() -> None:
   """Raises UserError where torch or transformers is missing."""
   for package in ("torch", "transformers"):
     if importlib.util.find_spec(package) is None:
-      others = [x for x in rollout_parts.PARTS if x not in rollout_parts.NEEDS_TORCH]
+      others = [x for x in PARTS if x not in NEEDS_TORCH]
       raise UserError(
         f"{package}, which r1jax is compared with, is missing: pip install -e"
         f' ".[test]" on Python 3.11, or measure the rest: --only={",".join(others)}.'
@@ -147,6 +161,7 @@ def against_torch(f: dict, z: rollout_parts.Sizes) -> list[str]:
       ("whole iteration, seconds", "iteration", "torch_iteration", ratio),
       ("… its rollout", "iteration_rollout", "torch_rollout", ""),
       ("… its update", "iteration_update", "torch_update", ""),
+      ("… its update by rows", "iteration_by_rows_update", "torch_update", ""),
     ):
       ours, theirs = f[f"{ours}_seconds"], f[f"{theirs}_seconds"]
       lines.append(f"| {label} | {ours:.2f} | {theirs:.2f} | {faster} |")
@@ -212,7 +227,8 @@ def cost_by_length(f: dict, z: rollout_parts.Sizes) -> list[str]:
 
 def speculative(f: dict, z: rollout_parts.Sizes) -> list[str]:
   return [
-    f"An untrained miniature with an MTP module, {z.draft_rows} rows:",
+    f"R1-Zero's base in miniature after {f['speculative_updates']} updates with an MTP"
+    f" module, {z.draft_prompts} held-out problems x {z.draft_group}:",
     "",
     "| | tokens a second | tokens a row and step | drafts taken |",
     "|---|---|---|---|",

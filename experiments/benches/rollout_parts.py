@@ -1,4 +1,5 @@
-"""What `bench rollout` measures, a function a part: (sizes, repeats) -> figures.
+"""What `bench rollout` measures of r1jax alone, a function a part: (sizes, repeats) ->
+figures; and what all its parts share.
 
 Every time is a median of runs that took turns, with compilation and one run before them
 left out; `..._runs` holds all of them, in seconds.
@@ -10,10 +11,7 @@ import dataclasses
 import functools
 import math
 import os
-import pickle
 import statistics
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -22,14 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax import grpo, rollout, sharding, train_state
+from r1jax import rollout, sharding
 from r1jax.errors import UserError
 from r1jax.models import config, policy
-from r1jax.models.mla import Sequence
-from r1jax.objective import Objective
-from r1jax.optimizer import OptimizerConfig, make_optimizer
 from r1jax.prompts import PromptBatch
-from r1jax.rewards.in_graph import Rewards
 from r1jax.sampling import Sampler
 
 PAD = 0
@@ -65,8 +59,10 @@ class Sizes:
   length_layers: int = 2
   length_rows: int = 8
   length_steps: int = 32
-  # Drafts of a miniature.
-  draft_rows: int = 4
+  # Drafts of a miniature, after so many updates of its base.
+  draft_pretrain: int = 300
+  draft_prompts: int = 4
+  draft_group: int = 4
 
   def dense(self, layers: int = 0) -> policy.Policy:
     layers = layers or self.layers
@@ -163,205 +159,6 @@ def sampler(network: policy.Policy, **settings: Any) -> Callable[..., rollout.Ro
     return rollout.sample(network, params, router, prompts, key, **how)
 
   return run
-
-
-# -- transformers ----------------------------------------------------------------------
-
-
-def qwen2(network: policy.Policy, params: dict) -> tuple[dict, dict[str, np.ndarray]]:
-  """The policy as transformers' Qwen2: (its config, its weights)."""
-  c, params = network.config, jax.device_get(params)
-  theirs = dict(
-    vocab_size=c.vocab,
-    hidden_size=c.width,
-    intermediate_size=c.dense_ffn,
-    num_hidden_layers=c.layers,
-    num_attention_heads=c.heads,
-    num_key_value_heads=c.kv_heads,
-    head_dim=c.head_dim,
-    rms_norm_eps=c.norm_eps,
-    rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta),
-    tie_word_embeddings=False,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=PAD,
-  )
-
-  def matrix(w, inputs=1):  # [in..., out...] -> [out, in]
-    return np.ascontiguousarray(w.reshape(int(np.prod(w.shape[:inputs])), -1).T)
-
-  weights = {
-    "model.embed_tokens.weight": params["embedding"],
-    "model.norm.weight": params["final_norm"]["scale"],
-    "lm_head.weight": matrix(params["head"]),
-  }
-  for i in range(c.layers):
-    layer = jax.tree.map(lambda w, i=i: w[i], params["dense_layers"])
-    name, attention = f"model.layers.{i}", layer["attention"]
-    weights |= {
-      f"{name}.input_layernorm.weight": layer["attention_norm"]["scale"],
-      f"{name}.post_attention_layernorm.weight": layer["ffn_norm"]["scale"],
-      f"{name}.self_attn.o_proj.weight": matrix(attention["w_o"], 2),
-    }
-    for x in "qkv":
-      weights[f"{name}.self_attn.{x}_proj.weight"] = matrix(attention[f"w_{x}"])
-      weights[f"{name}.self_attn.{x}_proj.bias"] = attention[f"b_{x}"].reshape(-1)
-    for x in ("gate", "up", "down"):
-      weights[f"{name}.mlp.{x}_proj.weight"] = matrix(layer["ffn"][x])
-  return theirs, weights
-
-
-@contextlib.contextmanager
-def torch_process(
-  network: policy.Policy, params: dict, prompts: PromptBatch
-) -> Iterator[Callable]:
-  """(name of a method of rollout_torch.Model, arguments) -> what it returns there.
-
-  Raises:
-    RuntimeError: its logits are not ours, or it ended.
-  """
-  process = subprocess.Popen(
-    [sys.executable, "-m", "experiments.benches.rollout_torch"],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    # Its threads do not spin while JAX computes.
-    env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
-  )
-
-  def call(*command):
-    try:
-      pickle.dump(command, process.stdin)
-      process.stdin.flush()
-      return pickle.load(process.stdout)
-    except (EOFError, BrokenPipeError):
-      raise RuntimeError("the process of torch ended; it says why above") from None
-
-  try:
-    call(cores(), *qwen2(network, params))
-    theirs = call("logits", np.asarray(prompts.tokens))
-    gap = np.abs(theirs - logits(network, params, prompts)).max()
-    if not gap < 1e-4:
-      raise RuntimeError(f"the logits of r1jax and transformers are {gap:.1e} apart")
-    yield call
-  finally:
-    process.kill()
-    process.communicate()
-
-
-def logits(network: policy.Policy, params: dict, prompts: PromptBatch) -> jax.Array:
-  """[B, P, V]."""
-
-  def run(params, prompts):
-    seq = Sequence.of_mask(prompts.mask)
-    out = network.apply({"params": params}, prompts.tokens, seq)
-    return network.apply({"params": params}, out.hidden, method="logits")
-
-  return compiled(run, params, prompts)[0](params, prompts)
-
-
-def transformers(z: Sizes, repeats: int) -> dict:
-  """The rollout alone, tokens a second."""
-  network = z.dense()
-  weights = weights_of(network)
-  prompts = problems(z.prompts, z.prompt, z.vocab)
-  run = sampler(network, group_size=z.group, max_tokens=z.new)
-  with (
-    torch_process(network, weights[0], prompts) as theirs,
-    a_device_each_core(z.prompts) as put,
-  ):
-    args = *put(weights), put(prompts, rows=True), put(jax.random.key(0))
-    ours, compile_seconds = compiled(run, *args)
-    tokens = np.asarray(prompts.tokens)
-    runs = dict(
-      r1jax=lambda: timed(ours, *args),
-      transformers=lambda: theirs("rollout", tokens, z.group, z.new),
-    )
-    times = interleaved(repeats, runs)
-  total = z.prompts * z.group * z.new
-  speed = {name: total / statistics.median(t) for name, t in times.items()}
-  return {
-    "ratio_to_transformers": speed["r1jax"] / speed["transformers"],
-    "r1jax_tokens_per_s": speed["r1jax"],
-    "transformers_tokens_per_s": speed["transformers"],
-    "rollout_compile_seconds": compile_seconds,
-    "rollout_runs": times,
-  }
-
-
-# -- the whole iteration ---------------------------------------------------------------
-
-
-def even(_: PromptBatch, drawn: rollout.Rollout) -> Rewards:
-  """The share of even tokens."""
-  share = ((drawn.tokens % 2 == 0) & drawn.mask).sum(axis=-1) / drawn.lengths
-  return Rewards.of(even=(1.0, share))
-
-
-def iteration(z: Sizes, repeats: int) -> dict:
-  """Rollout, reward, advantages and one AdamW update, in seconds. Of r1jax's one
-  program the update is what it takes beyond the rollout alone."""
-  network = z.dense()
-  weights = weights_of(network)
-  prompts = problems(z.prompts, z.prompt, z.vocab)
-  optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5, steps=100))
-  step = functools.partial(
-    grpo.whole_step,
-    policy=network,
-    optimizer=optimizer,
-    reward_fn=even,
-    config=grpo.GRPOConfig(
-      group_size=z.group,
-      minibatches=1,
-      micro_batches=z.micro_batches,
-      max_tokens=z.new,
-      reference_refresh=0,
-      objective=Objective(kl_coef=0.0, clip_low=0.2, clip_high=0.2),
-    ),
-    stop_ids=(),
-    pad_id=PAD,
-  )
-  run = sampler(network, group_size=z.group, max_tokens=z.new)
-  with (
-    torch_process(network, weights[0], prompts) as theirs,
-    a_device_each_core(z.prompts) as put,
-  ):
-    asked = put(prompts, rows=True), put(jax.random.key(0))
-    weights = put(weights)
-    copy = jax.tree.map(jnp.copy, weights)
-    state = put(train_state.restart(*copy, optimizer, reference=False))
-    out = jax.tree.map(lambda x: x.sharding, state), None, None, None
-    whole, compile_seconds = compiled(
-      step, state, *asked, donate_argnums=0, out_shardings=out
-    )
-    alone, _ = compiled(run, *weights, *asked)
-
-    def ours():
-      nonlocal state
-      start = time.perf_counter()
-      state, *_ = jax.block_until_ready(whole(state, *asked))
-      return time.perf_counter() - start
-
-    tokens = np.asarray(prompts.tokens)
-    runs = dict(
-      r1jax=ours,
-      r1jax_rollout=lambda: timed(alone, *weights, *asked),
-      torch=lambda: theirs("iteration", tokens, z.group, z.new, z.micro_batches),
-    )
-    times = interleaved(repeats, runs)
-  ours, alone = (statistics.median(times[k]) for k in ("r1jax", "r1jax_rollout"))
-  both = statistics.median(map(sum, times["torch"]))
-  rolled, updated = map(statistics.median, zip(*times["torch"], strict=True))
-  return {
-    "iteration_ratio_to_torch": both / ours,
-    "iteration_seconds": ours,
-    "iteration_rollout_seconds": alone,
-    "iteration_update_seconds": ours - alone,
-    "torch_iteration_seconds": both,
-    "torch_rollout_seconds": rolled,
-    "torch_update_seconds": updated,
-    "iteration_compile_seconds": compile_seconds,
-    "iteration_runs": times,
-  }
 
 
 # -- refill ----------------------------------------------------------------------------
@@ -527,41 +324,3 @@ def fit(rows: list[dict]) -> dict:
   b, a = np.polyfit(x, y, 1)
   left = np.square(y - (a + b * x)).sum() / np.square(y - y.mean()).sum()
   return {"a_ms": float(a), "b_ms_per_byte": float(b), "r2": float(1 - left)}
-
-
-# -- speculative decoding --------------------------------------------------------------
-
-
-def speculative(z: Sizes, repeats: int) -> dict:
-  """Drafts by the MTP module of an untrained miniature, against none."""
-  network = policy.Policy(config.tiny(z.vocab, mtp_depth=1))
-  prompts = problems(1, z.prompt, z.vocab)
-  args = *weights_of(network), prompts, jax.random.key(0)
-  programs, runs = {}, {}
-  for name in ("off", "on"):
-    how = dict(group_size=z.draft_rows, max_tokens=z.new, speculative=name)
-    programs[name], _ = compiled(sampler(network, **how), *args)
-    runs[name] = functools.partial(timed, programs[name], *args)
-  times = interleaved(repeats, runs)
-  drawn = programs["on"](*args)
-  total, drafted = z.draft_rows * z.new, int(drawn.drafted.sum())
-  speed = {name: total / statistics.median(t) for name, t in times.items()}
-  return {
-    "speculative_ratio": speed["on"] / speed["off"],
-    "speculative_tokens_per_s": speed["on"],
-    "plain_tokens_per_s": speed["off"],
-    "speculative_acceptance": int(drawn.accepted.sum()) / max(drafted, 1),
-    "speculative_tokens_a_step": total / (int(drawn.steps[0]) * z.draft_rows),
-    "speculative_runs": times,
-  }
-
-
-NEEDS_TORCH = {"transformers", "iteration"}
-PARTS = {
-  "transformers": transformers,
-  "iteration": iteration,
-  "refill": refill,
-  "prefix": prefix,
-  "length": length,
-  "speculative": speculative,
-}

@@ -111,6 +111,7 @@ def tiny() -> ConfigDict:
   c.grpo.group_size = 16  # G, outputs a problem
   c.grpo.minibatches = 2  # updates a rollout
   c.grpo.micro_batches = 16
+  c.grpo.whole_groups = False  # a minibatch has whole groups; each prompt computed once
   c.grpo.temperature = 1.0
   c.grpo.top_k = 0  # sample from the k most likely tokens; 0: from all
   c.grpo.top_p = 1.0  # sample from the nucleus of this probability; 1: from all

@@ -9,11 +9,10 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from r1jax import ops
 from r1jax.models import cache
 from r1jax.models.config import PolicyConfig
 from r1jax.models.layers import RMSNorm, apply_rope, weight
-from r1jax.models.mla import Sequence
+from r1jax.models.sequence import Sequence, attend
 
 
 class GQA(nn.Module):
@@ -53,11 +52,15 @@ class GQA(nn.Module):
     q = q if self.q_norm is None else self.q_norm(q)
     return apply_rope(q, turns, "halves")
 
-  def _keys_and_values(self, x: jax.Array, turns: jax.Array) -> jax.Array:
-    """[B, T, Hk, 2, K]: the keys after RoPE, the values."""
+  def _keys_and_values(self, x: jax.Array, turns: jax.Array) -> tuple:
+    """[B, T, Hk, K] each: the keys after RoPE, the values."""
     k, v = self._project(x, *self.to_k), self._project(x, *self.to_v)
     k = k if self.k_norm is None else self.k_norm(k)
-    return jnp.stack([apply_rope(k, turns, "halves"), v], axis=3)
+    return apply_rope(k, turns, "halves"), v
+
+  def _entries(self, k: jax.Array, v: jax.Array) -> jax.Array:
+    """[B, T, L]: key and value of each head, beside each other."""
+    return jnp.stack([k, v], axis=3).reshape(*k.shape[:2], self.config.cache.width)
 
   def _output(self, heads: jax.Array) -> jax.Array:
     return jnp.einsum("bthk,hkd->btd", heads, self.w_o.astype(heads.dtype))
@@ -73,17 +76,16 @@ class GQA(nn.Module):
       ([B, T, D] output, [B, T, L] cache entries).
     """
     c = self.config
-    q, kv = self._queries(x, seq.turns), self._keys_and_values(x, seq.turns)
-    out, _ = ops.attention(
+    q, (k, v) = self._queries(x, seq.turns), self._keys_and_values(x, seq.turns)
+    out = attend(
       q,
-      kv[:, :, :, 0],
-      kv[:, :, :, 1],
-      seq.segments,
-      seq.segments,
+      k,
+      v,
+      seq,
       scale=c.head_dim**-0.5,
       implementation=c.implementation,
     )
-    return self._output(out), kv.reshape(*x.shape[:2], c.cache.width)
+    return self._output(out), self._entries(k, v)
 
   def decode(
     self,
@@ -104,11 +106,11 @@ class GQA(nn.Module):
       ([S, Q, D] output, own with the new entries).
     """
     c = self.config
-    q, kv = self._queries(x, at.turns), self._keys_and_values(x, at.turns)
+    q, (k, v) = self._queries(x, at.turns), self._keys_and_values(x, at.turns)
     out, own = cache.attend(
       at,
       q,
-      kv.reshape(*x.shape[:2], c.cache.width),
+      self._entries(k, v),
       prompts,
       own,
       layer,

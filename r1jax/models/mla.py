@@ -8,31 +8,13 @@ folds the up-projections into query and output instead ("absorbed"): the same nu
 from typing import Any
 
 from flax import linen as nn
-from flax import struct
 import jax
 import jax.numpy as jnp
 
-from r1jax import ops
 from r1jax.models import cache
 from r1jax.models.config import PolicyConfig
 from r1jax.models.layers import RMSNorm, apply_rope, attention_scale, weight
-
-
-@struct.dataclass
-class Sequence:
-  """Where the tokens of a full forward pass stand."""
-
-  positions: jax.Array  # B T int32, for RoPE
-  # B T int32; 0 is padding; a token sees its own segment only, whose number must not
-  # return later in the row.
-  segments: jax.Array
-  turns: jax.Array | None = None  # 2 B T R/2, layers.rope_turns; the policy fills it in
-
-  @classmethod
-  def of_mask(cls, mask: jax.Array) -> "Sequence":
-    """One page a row: positions count the real tokens. Args: mask [B, T] bool."""
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    return cls(positions=positions, segments=mask.astype(jnp.int32))
+from r1jax.models.sequence import Sequence, attend
 
 
 class MLA(nn.Module):
@@ -107,12 +89,11 @@ class MLA(nn.Module):
     k_nope = jnp.einsum("bsc,chk->bshk", latent, self.w_uk.astype(dtype))
     v = jnp.einsum("bsc,chv->bshv", latent, self.w_uv.astype(dtype))
     rope_key = jnp.broadcast_to(rope_key[:, :, None], (*k_nope.shape[:3], c.rope_dim))
-    out, _ = ops.attention(
+    out = attend(
       jnp.concatenate([q_nope, q_rope], axis=-1),
       jnp.concatenate([k_nope, rope_key], axis=-1),
       v,
-      seq.segments,
-      seq.segments,
+      seq,
       scale=attention_scale(c),
       implementation=c.implementation,
     )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from r1jax import ops
 from r1jax.models.config import PolicyConfig
 from r1jax.models.layers import SwiGLU, weight
+from r1jax.models.sequence import Sequence
 
 
 @struct.dataclass
@@ -21,7 +22,7 @@ class Routing:
   """What an MoE layer did with its tokens (a scanned stack has a leading axis N)."""
 
   load: jax.Array  # E float32, counted tokens that each expert served
-  balance: jax.Array  # B float32, the sequence-wise balance loss of each row
+  balance: jax.Array  # seq.outputs float32, the sequence-wise balance loss of each
   # B T A int32, the router's present choice, in order of rank; not what was replayed
   experts: jax.Array
 
@@ -98,11 +99,13 @@ class MoE(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, counted: jax.Array | None, replay: jax.Array | None = None
+    self, x: jax.Array, seq: Sequence | None, replay: jax.Array | None = None
   ) -> tuple[jax.Array, Routing]:
     """Args:
       x: [B, T, D].
-      counted: [B, T] bool, the tokens whose choices enter load and balance (None: all).
+      seq: where the tokens stand; padding does not enter load and balance, and a prompt
+        that stands there once for its group enters once for each output. None: new
+        tokens, which all count.
       replay: [B, T, A] integer experts to use instead of the router's choice; their
         gate values still come from the present scores, so the router gets a gradient
         (Keep Routing, arXiv 2512.02556; R3, arXiv 2510.11370). None: the router's own.
@@ -134,7 +137,7 @@ class MoE(nn.Module):
       experts = replay.reshape(own.shape).astype(own.dtype)
       gates = gate_values(scores, experts, c)
     chosen = jax.nn.one_hot(experts, e, dtype=jnp.float32)  # M A E
-    kept = chosen if counted is None else chosen * counted.reshape(-1, 1, 1)
+    kept = chosen if seq is None else chosen * seq.uses.reshape(-1, 1, 1)
     load = jax.lax.stop_gradient(kept.sum(axis=(0, 1)))
 
     weights = (w_gate, w_up, w_down)
@@ -146,13 +149,12 @@ class MoE(nn.Module):
     shared = (
       SwiGLU(c, c.shared_experts * f, name="shared")(flat) if c.shared_experts else 0.0
     )
+    by_row, counted = scores.reshape(*x.shape[:2], e), jnp.ones(x.shape[:2], bool)
+    if seq is not None:
+      by_row, counted = seq.by_output(by_row), seq.by_output(seq.segments > 0)
     routing = Routing(
       load=load,
-      balance=sequence_balance(
-        scores.reshape(*x.shape[:2], e),
-        jnp.ones(x.shape[:2], bool) if counted is None else counted,
-        c,
-      ),
+      balance=sequence_balance(by_row, counted, c),
       experts=own.reshape(*x.shape[:2], -1),
     )
     return (routed + shared).reshape(x.shape), routing

@@ -14,8 +14,9 @@ from r1jax.models.cache import Cache, DecodeStep
 from r1jax.models.config import PolicyConfig
 from r1jax.models.gqa import GQA
 from r1jax.models.layers import RMSNorm, SwiGLU, rope_turns, weight
-from r1jax.models.mla import MLA, Sequence
+from r1jax.models.mla import MLA
 from r1jax.models.moe import MoE
+from r1jax.models.sequence import Sequence
 
 
 @struct.dataclass
@@ -24,7 +25,8 @@ class Forward:
   trunk: jax.Array  # B T D, before it (the MTP module's input)
   cache: jax.Array  # N B T L, of the entries' layout config.cache
   load: dict  # {stack of MoE layers: [layers, E] float32}
-  balance: jax.Array  # B float32, the sequence-wise balance loss, summed over layers
+  # seq.outputs float32, the sequence-wise balance loss, summed over layers
+  balance: jax.Array
   experts: jax.Array | None  # N B T A int32, the router's choice in the N MoE layers
   norms: jax.Array  # N B float32, of each layer's output at the last position
 
@@ -73,8 +75,8 @@ class Block(nn.Module):
     routing = None
     with jax.named_scope("ffn"):
       if self.moe:
-        counted = at.segments > 0 if isinstance(at, Sequence) else None
-        h, routing = MoE(c, name="moe")(h, counted, replay)
+        seq = at if isinstance(at, Sequence) else None
+        h, routing = MoE(c, name="moe")(h, seq, replay)
       else:
         h = SwiGLU(c, c.dense_ffn, name="ffn")(h)
     x = sharding.shard_batch(x + h)
@@ -178,7 +180,7 @@ class Policy(nn.Module):
       trunk=trunk,
       cache=jnp.concatenate(caches, axis=0),
       load={name: r.load for name, r in routing.items()},
-      balance=jnp.zeros(tokens.shape[0]) if moe is None else moe.balance.sum(axis=0),
+      balance=jnp.zeros(seq.outputs) if moe is None else moe.balance.sum(axis=0),
       experts=None if moe is None else moe.experts,
       norms=norms,
     )
@@ -279,6 +281,8 @@ class Policy(nn.Module):
     return self._mtp(trunk, tokens, seq)[1][None]
 
   def _mtp(self, trunk, tokens, seq):
+    if seq.prompt:
+      raise ValueError("the MTP module takes a row for each output: Sequence.by_output")
     following = jnp.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
     # A page's last position has no next token; nothing attends to it or counts it.
     more = jnp.pad(seq.segments[:, 1:] == seq.segments[:, :-1], ((0, 0), (0, 1)))

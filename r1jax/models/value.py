@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from r1jax.models.config import PolicyConfig
 from r1jax.models.layers import weight
-from r1jax.models.mla import Sequence
 from r1jax.models.policy import Policy
+from r1jax.models.sequence import Sequence
 
 
 class Value(nn.Module):

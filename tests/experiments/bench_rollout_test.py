@@ -11,7 +11,7 @@ import pytest
 from quick import QUICK
 
 from experiments import bench
-from experiments.benches import rollout, rollout_parts
+from experiments.benches import rollout, rollout_beside_torch, rollout_parts
 
 TOY = rollout_parts.Sizes(
   vocab=32,
@@ -35,7 +35,9 @@ TOY = rollout_parts.Sizes(
   length_layers=1,
   length_rows=2,
   length_steps=4,
-  draft_rows=2,
+  draft_pretrain=2,
+  draft_prompts=1,
+  draft_group=2,
 )
 
 
@@ -67,6 +69,7 @@ def test_the_rollout_and_the_iteration_run_beside_torch(capsys):
   positive(found, "torch_rollout_seconds", "torch_update_seconds")
   ratio = found["r1jax_tokens_per_s"] / found["transformers_tokens_per_s"]
   assert found["ratio_to_transformers"] == pytest.approx(ratio)
+  assert "iteration_by_rows_ratio_to_torch" in found
   ratio = found["torch_iteration_seconds"] / found["iteration_seconds"]
   assert found["iteration_ratio_to_torch"] == pytest.approx(ratio)
   assert {len(runs) for runs in found["rollout_runs"].values()} == {1}
@@ -78,7 +81,7 @@ def test_the_rollout_and_the_iteration_run_beside_torch(capsys):
 def test_other_weights_are_noticed(monkeypatch):
   pytest.importorskip("torch")
   pytest.importorskip("transformers", minversion="5.0")
-  network, right = TOY.dense(), rollout_parts.qwen2
+  network, right = TOY.dense(), rollout_beside_torch.qwen2
   params, _ = rollout_parts.weights_of(network)
   prompts = rollout_parts.problems(2, 8, TOY.vocab)
 
@@ -87,10 +90,10 @@ def test_other_weights_are_noticed(monkeypatch):
     name = "model.layers.1.self_attn.v_proj.bias"
     return config, weights | {name: weights[name] + 0.5}
 
-  monkeypatch.setattr(rollout_parts, "qwen2", wrong)
+  monkeypatch.setattr(rollout_beside_torch, "qwen2", wrong)
   with (
     pytest.raises(RuntimeError, match="logits of r1jax and transformers"),
-    rollout_parts.torch_process(network, params, prompts),
+    rollout_beside_torch.torch_process(network, params, prompts),
   ):
     pass
 
@@ -156,7 +159,7 @@ def test_the_docs_get_the_tables_and_the_plot(monkeypatch, tmp_path):
   docs.write_text("before\n" + rollout.BEGIN + "old\n" + rollout.END + "after\n")
   monkeypatch.setattr(rollout, "DOCS", docs)
   monkeypatch.setattr(
-    rollout_parts, "PARTS", {"length": lambda z, repeats: LENGTH, "prefix": prefix}
+    rollout, "PARTS", {"length": lambda z, repeats: LENGTH, "prefix": prefix}
   )
   rollout.measure(argparse.Namespace(only="", repeats=1, write=True), TOY)
   text = docs.read_text()

@@ -13,8 +13,8 @@ from experiments.configs.r1_zero import get_config
 from r1jax import rollout, settings, train_state
 from r1jax.checkpoint import Checkpoints
 from r1jax.data.tokenizer import Tokenizer
-from r1jax.models import mla
 from r1jax.models.policy import Policy
+from r1jax.models.sequence import Sequence
 from r1jax.optimizer import make_optimizer
 
 SIZES = dict(width=32, layers=2, heads=2, q_latent=16, kv_latent=8, nope_dim=8)
@@ -72,7 +72,7 @@ def test_the_likeliest_tokens_are_those_of_the_full_forward_pass(capsys, folder)
   kept = run.load(folder)
   ids = [kept.tokenizer.bos_id, *kept.tokenizer.encode("4 + 3"), *completion["tokens"]]
   tokens = jnp.asarray([ids])
-  seq = mla.Sequence.of_mask(jnp.ones_like(tokens, bool))
+  seq = Sequence.of_mask(jnp.ones_like(tokens, bool))
   variables = {"params": kept.params, "router": kept.router}
   hidden = kept.policy.apply(variables, tokens, seq).hidden
   logits = np.asarray(kept.policy.apply(variables, hidden, method="logits"))[0]

@@ -17,7 +17,7 @@ from r1jax.errors import UserError
 from r1jax.levels import Level
 from r1jax.models import cache as caches
 from r1jax.models import config, layers, policy
-from r1jax.models.mla import Sequence
+from r1jax.models.sequence import Sequence
 from r1jax.objective import Objective
 from r1jax.optimizer import OptimizerConfig, make_optimizer
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from r1jax import sft
-from r1jax.models import config, mla, moe, policy
+from r1jax.models import config, moe, policy
+from r1jax.models.sequence import Sequence
 
 choose = jax.jit(moe.choose_experts, static_argnums=2)
 
@@ -132,7 +133,8 @@ def test_the_loss_has_no_gradient_to_the_router_biases(key, random_weights):
 def layer(c, key, x, counted):
   module = moe.MoE(c)
   rng = np.random.default_rng(4)
-  shapes = nn.unbox(jax.eval_shape(module.init, key, x, counted))
+  seq = None if counted is None else Sequence.of_mask(counted)
+  shapes = nn.unbox(jax.eval_shape(module.init, key, x, seq))
   variables = jax.tree.map(  # inputs stand on the last axis but one
     lambda w: rng.normal(size=w.shape) / np.sqrt(w.shape[-2]), shapes["params"]
   )
@@ -141,7 +143,7 @@ def layer(c, key, x, counted):
     "router": {"bias": rng.normal(size=c.experts) * 0.2},
   }
   variables = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), variables)
-  return variables, jax.jit(module.apply)(variables, x, counted)
+  return variables, jax.jit(module.apply)(variables, x, seq)
 
 
 @pytest.mark.parametrize("how", ["dense", "ragged"])
@@ -382,9 +384,8 @@ def test_replaying_other_experts_uses_exactly_these(how):
   c, module, variables, x, (_, routing) = replayed(how)
   others = other_experts(routing.experts, c)
   counted = np.arange(5)[None] >= np.array([[0], [3]])
-  out, found = jax.jit(module.apply)(
-    variables, x, jnp.asarray(counted), jnp.asarray(others)
-  )
+  seq = Sequence.of_mask(jnp.asarray(counted))
+  out, found = jax.jit(module.apply)(variables, x, seq, jnp.asarray(others))
   want = layer_by_hand(x, variables["params"], others, c)
   np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
   load = np.bincount(others[counted].reshape(-1), minlength=c.experts)
@@ -467,7 +468,7 @@ def test_a_policy_replays_layer_by_layer(key, random_weights):
 
 def moe_sequence(tokens):
   at = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-  return mla.Sequence(positions=at, segments=jnp.ones_like(tokens))
+  return Sequence(positions=at, segments=jnp.ones_like(tokens))
 
 
 # -- figures ---------------------------------------------------------------------------

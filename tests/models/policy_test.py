@@ -10,7 +10,7 @@ import pytest
 
 from r1jax import sharding
 from r1jax.models import config, policy
-from r1jax.models.mla import Sequence
+from r1jax.models.sequence import Sequence
 
 VOCAB, T = 16, 8
 
