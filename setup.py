@@ -51,6 +51,7 @@ setup(
     "test": [
       "pytest>=8",
       "pytest-xdist>=3.6",
+      "pyyaml>=6",
       "ruff>=0.17,<0.18",
       "math-verify[antlr4_13_2]>=0.9,<0.10",
       "pyseccomp>=0.1.2",

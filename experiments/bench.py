@@ -7,6 +7,7 @@
   python -m experiments.bench rewards               # verdicts a second, on the host
   python -m experiments.bench kernels               # for a TPU or on a GPU
   python -m experiments.bench rollout               # against transformers, and itself
+  python -m experiments.bench packing               # updates of packed outputs
 
 A stopped benchmark of algorithms goes on where it was. Exit codes: 0 done, 2 a mistake
 in the command, 130 stopped by Ctrl-C, 1 anything else.
@@ -16,13 +17,14 @@ import argparse
 import json
 import sys
 
-from experiments.benches import algorithms, kernels, rewards, rollout
+from experiments.benches import algorithms, kernels, packing, rewards, rollout
 from r1jax.errors import UserError
 
 BENCHES = {
   "algorithms": algorithms,
   "kernels": kernels,
   "rewards": rewards,
+  "packing": packing,
   "rollout": rollout,
 }
 

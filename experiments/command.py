@@ -8,15 +8,21 @@ import re
 import statistics
 import subprocess
 import sys
+import time
+import traceback
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from r1jax.errors import NumericalError, UserError
+from r1jax.errors import NumericalError, TransientError, UserError
 
 
 def run(main: Callable[[ConfigDict, str], None], config_file: str) -> None:
-  """Parses --config and --workdir, calls main(config, workdir); 2 is a user's mistake.
+  """Parses --config and --workdir, calls main(config, workdir).
+
+  Exit codes: 2 a user's mistake, 3 a number that is not finite, 42 start me again, 130
+  Ctrl-C, 1 anything else.
 
   Args:
     main: the experiment.
@@ -27,15 +33,56 @@ def run(main: Callable[[ConfigDict, str], None], config_file: str) -> None:
     main(config, workdir)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    _leave(2)
   except NumericalError as error:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(3)
+    _leave(3)
+  except TransientError as error:
+    print(f"error: {error}", file=sys.stderr)
+    _leave(42, at_once=True)
   except KeyboardInterrupt:
     print(
       "stopped; the same command continues from the last checkpoint", file=sys.stderr
     )
-    sys.exit(130)
+    _leave(130)
+  except Exception as error:
+    if not _several():
+      raise
+    traceback.print_exc()
+    _leave(42 if is_transient(error) else 1)
+
+
+def is_transient(error: Exception) -> bool:
+  """Whether it speaks of a peer that is gone, so that all have to start again."""
+  words = "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|Gloo|heartbeat"
+  named = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+  return named and re.search(words, str(error)) is not None
+
+
+def _several() -> bool:
+  agreement = sys.modules.get("r1jax.agreement")  # not imported: it has met nobody
+  return agreement is not None and agreement.several()
+
+
+def _leave(code: int, *, at_once: bool = False) -> NoReturn:
+  """Ends the process. One of several does not wait at JAX's exit for the others, who
+  wait for it: they are told by its end.
+
+  Args:
+    code: the exit code.
+    at_once: a thread of JAX is waiting that cannot be broken off.
+  """
+  if not at_once and _several():
+    import jax
+
+    if jax.process_index() == 0:
+      time.sleep(1)  # with it the others end, who may have something to say too
+    at_once = True
+  if at_once:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 def parse(argv: list[str], config_file: str) -> tuple[ConfigDict, str]:
@@ -120,17 +167,54 @@ def launch(
   """
   path = folder_of(name, get_config, config, workdir)
   if config.seeds > 1:
+    one_process(f"config.seeds={config.seeds}", "Start a run for every seed.")
     folders = over_seeds(f"experiments.{name}", config, path)
     texts = [(folder / "summary.json").read_text() for folder in folders]
     table = seeds_table([json.loads(text) for text in texts])
     (path / "seeds.md").write_text(table)
     print(table)
     return
-  from r1jax import loop
+  from r1jax import loop, settings
+  from r1jax.launch import start
   from r1jax.progress import Clock
 
   use_compilation_cache(config.compilation_cache)
+  start({"config": settings.plain(config), "workdir": str(path)})
   loop.run(config, path, Clock(started))
+
+
+def one_process(what: str, remedy: str) -> None:
+  """Refuses what several processes cannot do together, by the environment alone.
+
+  Args:
+    what: it.
+    remedy: a sentence.
+
+  Raises:
+    UserError: this is one of several processes.
+  """
+  from r1jax import launch
+
+  place = launch.detect(os.environ, chips=False)
+  if place.how != "alone" and place.processes != 1:
+    raise UserError(
+      f"{what} runs in one process, and this is one of several ({place.how}). {remedy}"
+    )
+
+
+def start_alone(what: str) -> None:
+  """Starts JAX for what one process does.
+
+  Raises:
+    UserError: this is one of several processes.
+  """
+  from r1jax import agreement, launch
+
+  remedy = "Start it on one host; r1_zero and ppo run on several."
+  one_process(what, remedy)
+  launch.start({})
+  if agreement.several():
+    raise UserError(f"{what} runs in one process, and this is one of several. {remedy}")
 
 
 def folder_of(

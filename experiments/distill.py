@@ -26,6 +26,7 @@ def main(config: ConfigDict, workdir: str) -> None:
   from r1jax.pipeline import standalone
 
   command.use_compilation_cache(config.compilation_cache)
+  command.start_alone("experiments.distill")
   f, mode = flags.FLAGS, config.distill.mode
   folder = pathlib.Path(workdir or f"runs/distill-{mode}").resolve()
   standalone.student(

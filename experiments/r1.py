@@ -33,11 +33,13 @@ def main(config: ConfigDict, workdir: str) -> None:
 
   path = command.folder_of("r1", get_config, config, workdir)
   if config.seeds > 1:
+    command.one_process(f"config.seeds={config.seeds}", "Start a run for every seed.")
     folders = command.over_seeds("experiments.r1", config, path)
     if not (flags.FLAGS.status or flags.FLAGS.stage):
       run.show_seeds(folders, path)
     return
   command.use_compilation_cache(config.compilation_cache)
+  command.start_alone("experiments.r1")
   flag = flags.FLAGS
   run.run(config, path, stage=flag.stage, rerun=flag.rerun, status=flag.status)
 

@@ -7,7 +7,9 @@
   python -m experiments.r1_zero --config.seeds=5       # five runs and a table
 
 The same command again continues a run that was stopped. Exit codes: 0 done, 2 a mistake
-in the command, a config or a file, 130 stopped by Ctrl-C, 1 anything else.
+in the command, a config or a file, 3 a number that is not finite, 42 another process
+cannot be reached (start again), 130 stopped by Ctrl-C, 1 anything else. On several
+hosts: experiments/pods/README.md.
 """
 
 import time

@@ -27,6 +27,7 @@ def main(config: ConfigDict, workdir: str) -> None:
   from r1jax.pipeline import standalone
 
   command.use_compilation_cache(config.compilation_cache)
+  command.start_alone("experiments.reward_model")
   f = flags.FLAGS
   folder = pathlib.Path(workdir or f"runs/reward_model-{f.kind}").resolve()
   standalone.reward_model(

@@ -94,6 +94,7 @@ ADVANTAGES: dict[str, Callable[[Rewards, jax.Array, Objective], jax.Array]] = {
 }
 
 
+@jax.named_scope("advantages")
 def group_relative(rewards: Rewards, filled: jax.Array, o: Objective) -> jax.Array:
   """The advantage that `o.advantage` names.
 
@@ -112,6 +113,7 @@ def group_relative(rewards: Rewards, filled: jax.Array, o: Objective) -> jax.Arr
   return pick(ADVANTAGES, o.advantage, "advantage")(rewards, there, o)
 
 
+@jax.named_scope("advantages")
 def gae(
   rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float, lam: float
 ) -> tuple[jax.Array, jax.Array]:

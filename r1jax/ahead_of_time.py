@@ -32,11 +32,21 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def devices(topology: str) -> list[jax.Device]:
-  """Devices of a TPU topology such as "v5p:2x2x1" (the least), or of "h100".
+  """Devices of a TPU topology such as "v5p:2x2x1" (the least), of "h100", or "cpu:8":
+  the first of this machine's.
 
   Raises:
     UserError: the compiler for it is not installed, or there is no such topology.
   """
+  kind, _, count = topology.partition(":")
+  if kind == "cpu":
+    here = jax.devices("cpu")
+    if not count.isdigit() or not 0 < int(count) <= len(here):
+      raise UserError(
+        f"topology={topology!r}: this process has {len(here)} CPU devices; name it as"
+        " in cpu:8, with JAX_NUM_CPU_DEVICES=8 in front."
+      )
+    return here[: int(count)]
   try:
     if topology == "h100":
       found = topologies.get_topology_desc(
@@ -68,7 +78,7 @@ def compile_for(
     specs: trees of jax.ShapeDtypeStruct, its arguments.
     options: of jax.jit.
   """
-  mesh = sharding.make_mesh((1, 1, 1), devices(topology)[:1])
+  mesh = sharding.make_mesh(devices(topology)[:1])
   here = sharding.replicated(mesh)
   specs = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), specs

@@ -146,7 +146,7 @@ def collect(
     reward_fn: its rewards.
     o: the choices.
   """
-  earlier = repeats(pool.ids)
+  earlier, reward_fn = repeats(pool.ids), jax.named_scope("reward")(reward_fn)
   if o.pool == 1:
     rollout = draw(pool, earlier)
     return all_of(pool, rollout, reward_fn(pool, rollout))

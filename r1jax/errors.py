@@ -7,3 +7,8 @@ class UserError(ValueError):
 
 class NumericalError(ArithmeticError):
   """A number that is not finite; ends a run with exit code 3."""
+
+
+class TransientError(RuntimeError):
+  """What another start may mend, such as a peer that does not answer; ends a run with
+  exit code 42."""

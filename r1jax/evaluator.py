@@ -9,7 +9,7 @@ import numpy as np
 
 from r1jax import experience, rollout, train_state
 from r1jax.evals import generate
-from r1jax.run import Run, compiled, put_batch, take
+from r1jax.run import Run, compiled, put_batch, readable, take
 
 SHOWN = 3, 4  # problems and responses of each that are kept for people to read
 
@@ -69,10 +69,13 @@ class Evaluator:
 
   def __call__(self, state: train_state.TrainState, step: int) -> None:
     this = self.this
-    with this.clock.phase("evaluate"):
+    with this.clock.phase("evaluate", step=step):
       said = [
-        self.program(
-          state.params, state.router, self.base, part, jax.random.fold_in(self.key, i)
+        readable(
+          this,
+          self.program(
+            state.params, state.router, self.base, part, jax.random.fold_in(self.key, i)
+          ),
         )
         for i, part in enumerate(self.chunks)
       ]

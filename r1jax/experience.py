@@ -8,12 +8,13 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from r1jax import sharding
+from r1jax import packing, sharding
 from r1jax.dynamic_sampling import Slots
 from r1jax.errors import UserError
 from r1jax.models.policy import Forward, Policy
 from r1jax.models.sequence import Sequence
 from r1jax.objective import Objective
+from r1jax.packing import Packing, Part
 from r1jax.prompts import PromptBatch
 from r1jax.rewards import in_graph
 from r1jax.rewards.in_graph import Rewards
@@ -44,10 +45,24 @@ class Rows:
   def mask(self) -> jax.Array:  # M T bool, the tokens with a loss
     return self.completion_mask & self.in_loss[..., None]
 
+  @property
+  def prompt_lengths(self) -> jax.Array:  # M int32
+    return self.prompt_mask.sum(axis=1)
 
-def sequences(rows: Rows, group: int = 1) -> tuple[jax.Array, Sequence]:
+  @property
+  def first(self) -> jax.Array:  # M int32, first real one of the P + T tokens
+    return self.prompts.shape[1] - self.prompt_lengths
+
+
+def sequences(
+  rows: Rows, group: int = 1, part: Part | None = None
+) -> tuple[jax.Array, Sequence]:
   """Prompt and completion as one row of tokens [M, P + T], and where they stand; of
-  whole groups of so many outputs [M / G, P + G T], with their prompt there once."""
+  whole groups of so many outputs [M / G, P + G T], with their prompt there once; of a
+  part of packed outputs [R, width]."""
+  if part is not None:
+    tokens = jnp.concatenate([rows.prompts, rows.completions], axis=1)
+    return part.lay(tokens, rows.first), part.sequence()
   if group == 1:
     tokens = jnp.concatenate([rows.prompts, rows.completions], axis=1)
     mask = jnp.concatenate([rows.prompt_mask, rows.completion_mask], axis=1)
@@ -61,6 +76,7 @@ def sequences(rows: Rows, group: int = 1) -> tuple[jax.Array, Sequence]:
   return sharding.shard_batch(tokens), seq
 
 
+@jax.named_scope("logprobs")
 def completion_logprobs(
   policy: Policy,
   params: Any,
@@ -70,6 +86,7 @@ def completion_logprobs(
   *,
   replay: bool = False,
   group: int = 1,
+  part: Part | None = None,
 ) -> tuple[jax.Array, Forward]:
   """Log-probabilities of the completions, teacher-forced, of the distribution that the
   sampler drew from: at its temperature and over its support.
@@ -81,18 +98,23 @@ def completion_logprobs(
     replay: use the experts that the sampler chose.
     group: the rows are groups of so many outputs, one after the other, and each prompt
       is computed once. The numbers are the same.
+    part: the rows are packed, and these of the packed rows are computed. The numbers
+      are the same, and those of outputs that are not here mean nothing.
 
   Returns:
-    ([M, T] float32, the forward pass, a row for each output and without a cache); only
-    real tokens are counted in its load.
+    ([M, T] float32, the forward pass, a row for each output (of a part: as packed) and
+    without a cache); only real tokens are counted in its load.
   """
   length = rows.prompts.shape[1]
-  tokens, seq = sequences(rows, group)
+  tokens, seq = sequences(rows, group, part)
   experts = None
   if replay and rows.experts is not None:
-    experts = jax.vmap(seq.by_group, 1)(rows.experts)
+    experts = sampled_experts(rows, seq, part)
   variables = {"params": params, "router": router}
   out = policy.apply(variables, tokens, seq, experts)
+  if part is not None:
+    logprobs = _packed_logprobs(policy, variables, rows, part, out, temperature)
+    return logprobs, out.replace(cache=None)
   out = out.replace(
     hidden=seq.by_output(out.hidden),
     trunk=seq.by_output(out.trunk),
@@ -109,6 +131,39 @@ def completion_logprobs(
     method="token_statistics",
   )
   return logprobs, out
+
+
+def _packed_logprobs(policy, variables, rows, part, out, temperature):
+  """[M, T]: the token after each place is predicted where the rows are, then taken."""
+  tokens = jnp.concatenate([rows.prompts, rows.completions], axis=1)
+  before = rows.prompt_lengths - 1  # tokens that foresee nothing of the completion
+  support = rows.support
+  logprobs, _ = policy.apply(
+    variables,
+    out.hidden,
+    part.lay(tokens, rows.first + 1),
+    None if support is None else part.lay(support, -before),
+    temperature=temperature,
+    method="token_statistics",
+  )
+  return part.take(logprobs, before, rows.completions.shape[1])
+
+
+def sampled_experts(rows: Rows, seq: Sequence, part: Part | None = None) -> jax.Array:
+  """The sampler's choice where the tokens stand, [N, rows of seq, their tokens, A]."""
+  if part is None:
+    return jax.vmap(seq.by_group, 1)(rows.experts)
+  return jax.vmap(part.lay, (1, None))(rows.experts, rows.first)
+
+
+def packed(rows: Rows, config: StepConfig, parts: int) -> tuple[Rows, Packing]:
+  """(the rows in the order of their places, where they stand in rows of `grpo.pack`
+  tokens); a part of a packing has no more tokens than the rows in so many parts."""
+  lengths = rows.prompt_lengths + rows.completion_mask.sum(axis=1)
+  count, longest = len(lengths), rows.prompts.shape[1] + rows.completions.shape[1]
+  config.check_pack(rows.prompts.shape[1])
+  found = packing.pack(lengths, config.pack, count // parts * longest)
+  return found.sort(rows), found
 
 
 def rows_of(prompts: PromptBatch, rollout: Rollout) -> Rows:
@@ -189,6 +244,20 @@ def by_parts(
   return jax.tree.map(join, jax.lax.map(part, jax.tree.map(cut, rows)))
 
 
+def by_packed_parts(
+  function: Callable[[Rows, Part], jax.Array], rows: Rows, places: Packing
+) -> jax.Array:
+  """[M, T] float32 of all outputs, of which function(rows, part) says it for those that
+  are in the part. Args: rows and places as from `packed`."""
+
+  def add(i, total):
+    part = places.part(i)
+    return jnp.where(part.here[:, None], function(rows, part), total)
+
+  zeros = jnp.zeros(rows.completions.shape, jnp.float32)
+  return places.unsort(jax.lax.fori_loop(0, places.parts, add, zeros))
+
+
 def recall(rows: Rows, state: TrainState, policy: Policy, config: StepConfig) -> Rows:
   """Fills in what the reference and, if asked, the trainer's own pass say of the rows.
 
@@ -197,16 +266,17 @@ def recall(rows: Rows, state: TrainState, policy: Policy, config: StepConfig) ->
   """
   c, o = config, config.objective
   parts = c.minibatches * c.micro_batches
+  placed = packed(rows, c, parts) if c.pack else None
 
   def logprobs(params, router, replay):
-    return by_parts(
-      lambda part: completion_logprobs(
-        policy, params, router, part, c.temperature, replay=replay, group=c.unit
-      )[0],
-      rows,
-      parts,
-      c.unit,
-    )
+    def found(some, part=None):
+      how = dict(replay=replay, group=c.unit, part=part)
+      network = policy, params, router
+      return completion_logprobs(*network, some, c.temperature, **how)[0]
+
+    if placed:
+      return by_packed_parts(found, *placed)
+    return by_parts(found, rows, parts, c.unit)
 
   if o.old_logprobs == "trainer":
     with jax.named_scope("old"):

@@ -55,8 +55,10 @@ def tune(
   begun = checkpoints.latest() or 0
   if begun:
     shapes = jax.eval_shape(begin, *given)
-    state = checkpoints.restore(begun, shapes, shardings)
-    this.clock.restore(checkpoints.restore_host(begun)["clock"])
+    with this.clock.phase("restore", step=begun):
+      state = checkpoints.restore(begun, shapes, shardings)
+      host = checkpoints.restore_host(begun)
+    this.clock.restore(host["clock"])
     this.progress.say(f"{phase}: continuing from update {begun}")
   else:
     state = compiled(this, begin, *given, out_shardings=shardings)(*given)
@@ -86,15 +88,19 @@ def tune(
     program = compiled(this, next_token_step, *args, donate=(0,), out_shardings=out)
     third = max(steps // 3, 1)
     for i in range(begun, steps):
-      with this.clock.phase(phase):
+      saves = (i + 1) % third == 0 or i + 1 == steps
+      with this.clock.phase(phase, step=i + 1):
         state, figures = program(state, batch(i), teacher)
         if i % 10 == 9 or i + 1 == steps:
           figures = {k: float(v) for k, v in figures.items()}
           this.metrics.write({"phase": phase, "step": i + 1, **figures})
           shown = {k: v for k, v in figures.items() if k in ("nll", "loss")}
           this.progress.update(phase, i + 1, steps, **shown)
-      if (i + 1) % third == 0 or i + 1 == steps:
-        checkpoints.save(i + 1, state, {"clock": this.clock.state()})
+        if saves:
+          jax.block_until_ready(state)
+      if saves:
+        with this.clock.phase("save", step=i + 1):
+          checkpoints.save(i + 1, state, {"clock": this.clock.state()})
   checkpoints.close()
   return state.params, state.router
 

@@ -11,6 +11,7 @@ the loop runs one by one when a step is too long to lose.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from r1jax.experience import (
   Rows,
   completion_logprobs,
   counted,
+  packed,
   recall,
   shaped,
   shuffled,
@@ -31,7 +33,7 @@ from r1jax.experience import (
 from r1jax.models import moe
 from r1jax.models.policy import Policy
 from r1jax.moe_losses import auxiliary_losses
-from r1jax.optimizer import accumulate, descend
+from r1jax.optimizer import accumulate, accumulate_while, descend
 from r1jax.policy_loss import Totals, policy_loss
 from r1jax.prompts import PromptBatch
 from r1jax.rewards.in_graph import Rewards
@@ -71,6 +73,7 @@ class GRPOConfig(StepConfig):
       )
 
 
+@jax.named_scope("experience")
 def experience(
   state: TrainState,
   slots: Slots,
@@ -96,6 +99,7 @@ def experience(
   return shuffled(rows, order, c.minibatches, c.unit), metrics
 
 
+@jax.named_scope("update")
 def update(
   state: TrainState,
   rows: Rows,
@@ -116,34 +120,38 @@ def update(
   c = config
   totals = Totals.of(rows)
 
-  def loss_fn(params, part):
+  def loss_fn(params, some, part=None):
     logprobs, out = completion_logprobs(
       policy,
       params,
       state.router,
-      part,
+      some,
       c.temperature,
       replay=c.routing_replay,
       group=c.unit,
+      part=part,
     )
     loss, (metrics, per_token) = policy_loss(
-      logprobs, part, c.objective, totals, window=c.max_tokens
+      logprobs, some, c.objective, totals, window=c.max_tokens
     )
     extra, figures, load = auxiliary_losses(
       policy,
       params,
       state.router,
-      part,
+      some,
       out,
       batch=rows,
       balance_coef=c.balance_coef,
       mtp_coef=c.mtp_coef,
+      part=part,
     )
     return loss + extra, ({**metrics, **figures}, load, per_token)
 
-  grads, metrics, load, per_token = accumulate(
-    loss_fn, state.params, rows, c.micro_batches, c.unit
-  )
+  if c.pack:
+    found = accumulate_packed(loss_fn, state.params, rows, c)
+  else:
+    found = accumulate(loss_fn, state.params, rows, c.micro_batches, c.unit)
+  grads, metrics, load, per_token = found
   learnt = rows.mask.any()  # not of empty slots, masked or lost samples alone
   params, opt_state = descend(
     optimizer, grads, state.params, state.opt_state, learnt=learnt
@@ -160,6 +168,33 @@ def update(
   metrics["grad_norm"] = optax.tree.norm(grads)
   metrics["load_imbalance"] = moe.load_imbalance(load)
   return TrainState(step, params, router, opt_state, reference), metrics, per_token
+
+
+def accumulate_packed(
+  loss_fn: Callable, params: Any, rows: Rows, config: StepConfig
+) -> tuple[Any, dict, Any, dict]:
+  """As `accumulate`, of outputs that stand side by side in rows (packing.py). All do,
+  those without a loss too: their tokens count in the experts' load.
+
+  Args:
+    loss_fn: (params, rows, the part of the packed rows that is computed) -> as there;
+      only outputs of the part have a loss.
+    params: where the gradient is taken.
+    rows: the minibatch.
+    config: its `pack` and `micro_batches`.
+  """
+  ordered, places = packed(rows, config, config.micro_batches)
+
+  def of_part(params, i):
+    part = places.part(i)
+    here = ordered.replace(in_loss=ordered.in_loss & part.here)
+    loss, (metrics, load, per_token) = loss_fn(params, here, part)
+    kept = jax.tree.map(lambda x: jnp.where(part.here[:, None], x, 0), per_token)
+    return loss, (metrics, load, kept)
+
+  grads, metrics, load, per_token = accumulate_while(of_part, params, places.parts)
+  metrics["packing_efficiency"] = places.efficiency
+  return grads, metrics, load, places.unsort(per_token)
 
 
 def draw(

@@ -164,16 +164,16 @@ def _on_each_device(
     return ask(ids, tokens, mask)
 
   def once(ids, tokens, mask):
-    if mesh.shape["tensor"] == 1:
+    if mesh.shape["tensor"] * mesh.shape["context"] == 1:
       return ask(ids, tokens, mask)
     b, g, _ = tokens.shape
     nothing = jnp.zeros((b, g, width)), jnp.zeros((b, g), jnp.int32)
     said = jax.lax.cond(
-      jax.lax.axis_index("tensor") == 0,
+      jax.lax.axis_index(("tensor", "context")) == 0,
       lambda: ask(ids, tokens, mask),
       lambda: nothing,
     )
-    return jax.lax.psum(said, "tensor")
+    return jax.lax.psum(said, ("tensor", "context"))
 
   rows = P(BATCH)
   return jax.shard_map(

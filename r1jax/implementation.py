@@ -102,7 +102,7 @@ def axes(rows: int, heads: int) -> tuple[tuple[str, ...] | None, str | None]:
   """(mesh axes that cut rows, that cut heads), None where they do not divide."""
   there = mesh_axes()
   batch = tuple(axis for axis in sharding.BATCH if axis in there)
-  tensor = dict(sharding.RULES)["heads"]
+  tensor = sharding.RULES["fsdp"]["heads"]
   return (
     batch if batch and rows % parts(batch) == 0 else None,
     tensor if tensor in there and heads % there[tensor] == 0 else None,

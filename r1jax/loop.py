@@ -1,8 +1,9 @@
 """R1-Zero on the host: base, RL, evaluation, result.
 
 All that a run does lies in its workdir: config.json, tokenizer.model, metrics.jsonl,
-samples.jsonl, tokens.jsonl, checkpoints/, summary.json, curves.png, tokens.html. The
-same command again resumes a run, and shows the result of one that has ended.
+samples.jsonl, tokens.jsonl, events.jsonl, checkpoints/, summary.json, curves.png,
+tokens.html, profile/ if asked for. The same command again resumes a run, and shows the
+result of one that has ended.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ PROGRAMS = (
 
 def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
   """A whole run, or what is left of it. Returns the summary."""
-  console = rich.console.Console()
+  console = rich.console.Console(quiet=jax.process_index() > 0)
   settings.check(config, len(jax.devices()))
   if not config.pretrain.steps:
     raise UserError(
@@ -52,11 +53,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
       highlight=False,
       soft_wrap=True,
     )
+    if any(config.profile_steps):
+      console.print("Nothing is left of it to profile: give another --workdir.")
     return summary
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = sharding.make_mesh(**config.mesh)
   with jax.set_mesh(mesh), Progress(console) as progress:
     with clock.phase("prepare"):
       this = prepare(config, workdir, mesh, clock, progress)
+    clock.record(workdir / "events.jsonl")
     with contextlib.closing(this):
       params, router = pretrain(this)
       reinforce(this, params, router)
@@ -86,7 +90,7 @@ def pretrain(this: Run) -> tuple[Any, Any]:
 
 
 def conclude(this: Run) -> dict:
-  """summary.json, curves.png and tokens.html."""
+  """summary.json, curves.png and tokens.html, by the first process."""
   c, clock = this.config, this.clock
   evals, train = this.metrics.phase("eval"), this.metrics.phase("rl")
   half = min(evals, key=lambda row: abs(row["step"] - c.steps / 2))
@@ -113,6 +117,8 @@ def conclude(this: Run) -> dict:
     "devices": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
     "jax": jax.__version__,
   }
+  if jax.process_index():
+    return summary
   name = "PPO" if "ppo" in c else "R1-Zero"
   title = f"{name} in miniature: {c.task}, {c.objective.preset}, seed {c.seed}"
   report.curves(this.workdir / "curves.png", train, evals, title)

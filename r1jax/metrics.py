@@ -7,25 +7,39 @@ import pathlib
 
 
 class MetricsFile:
-  """Rows of {"phase", "step", ...}, in the order they happened."""
+  """Rows of {"phase", "step", ...}, in the order they happened.
 
-  def __init__(self, path: pathlib.Path):
+  Of several processes one writes the file. The others keep the same rows in memory: a
+  file on its way over a network must not decide what they do next.
+  """
+
+  def __init__(self, path: pathlib.Path, *, writes: bool = True):
+    """Args: writes: whether this process does; the others have to open the file before
+    it changes."""
     self.path = path
+    self._memory = None if writes else self.rows_of(path)
 
   def write(self, row: dict) -> None:
     clean = {
       k: (None if isinstance(v, float) and not math.isfinite(v) else v)
       for k, v in row.items()
     }
+    if self._memory is not None:
+      self._memory.append(clean)
+      return
     with self.path.open("a") as file:
       file.write(json.dumps(clean) + "\n")
 
   def rows(self) -> list[dict]:
     """Every whole line; a half line that a killed run left is passed over."""
-    if not self.path.exists():
+    return self.rows_of(self.path) if self._memory is None else list(self._memory)
+
+  @staticmethod
+  def rows_of(path: pathlib.Path) -> list[dict]:
+    if not path.exists():
       return []
     found = []
-    for line in self.path.read_text().splitlines():
+    for line in path.read_text().splitlines():
       try:
         found.append(json.loads(line))
       except json.JSONDecodeError:
@@ -44,6 +58,9 @@ class MetricsFile:
     kept = [
       r for r in self.rows() if r["step"] <= last_steps.get(r["phase"], r["step"])
     ]
+    if self._memory is not None:
+      self._memory = kept
+      return
     _replace(self.path, (json.dumps(r) for r in kept))
 
 

@@ -23,6 +23,7 @@ class OptimizerConfig:
   eps: float = 1e-8
   weight_decay: float = 0.0
   clip_norm: float = 1.0  # of the global gradient
+  moments: str = "float32"  # or "bfloat16": half the memory of AdamW's two moments
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
@@ -49,25 +50,52 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   """Global-norm clipping, then AdamW; norms' scales are not decayed."""
   c = config
+  if c.moments not in ("float32", "bfloat16"):
+    raise UserError(
+      f"config.optimizer.moments={c.moments!r} must be 'float32' or 'bfloat16'."
+    )
 
   def matrices(params):
     return jax.tree_util.tree_map_with_path(
       lambda path, _: getattr(path[-1], "key", None) != "scale", params
     )
 
-  return optax.chain(
-    optax.clip_by_global_norm(c.clip_norm),
-    optax.adamw(
-      learning_rate(c),
-      b1=c.b1,
-      b2=c.b2,
-      eps=c.eps,
-      weight_decay=c.weight_decay,
-      mask=matrices,
-    ),
+  adamw = optax.adamw(
+    learning_rate(c),
+    b1=c.b1,
+    b2=c.b2,
+    eps=c.eps,
+    weight_decay=c.weight_decay,
+    mask=matrices,
+  )
+  if c.moments != "float32":
+    adamw = kept_as(adamw, jnp.dtype(c.moments))
+  return optax.chain(optax.clip_by_global_norm(c.clip_norm), adamw)
+
+
+def kept_as(
+  optimizer: optax.GradientTransformation, dtype: jnp.dtype
+) -> optax.GradientTransformation:
+  """The optimizer with its floating-point state rounded to a dtype between updates,
+  each of which computes in the gradient's dtype."""
+
+  def cast(state, dtype):
+    def one(x):
+      return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(one, state)
+
+  def update(grads, state, params=None):
+    wide = jax.tree.leaves(grads)[0].dtype
+    updates, state = optimizer.update(grads, cast(state, wide), params)
+    return updates, cast(state, dtype)
+
+  return optax.GradientTransformation(
+    lambda params: cast(optimizer.init(params), dtype), update
   )
 
 
+@jax.named_scope("optimizer")
 def descend(
   optimizer: optax.GradientTransformation,
   grads: Any,
@@ -89,6 +117,42 @@ def descend(
   if learnt is None:
     return new
   return jax.tree.map(lambda a, b: jnp.where(learnt, a, b), new, (params, opt_state))
+
+
+def accumulate_while(
+  loss_fn: Callable[[Any, jax.Array], tuple[jax.Array, tuple[dict, Any, Any]]],
+  params: Any,
+  parts: jax.Array,
+) -> tuple[Any, dict, Any, Any]:
+  """As `accumulate`, of parts whose number is known on the device alone.
+
+  Args:
+    loss_fn: (params, part's number) -> (loss, (metrics, counts, per_row)), all of which
+      add up, but for metrics named `_max`.
+    params: where the gradient is taken.
+    parts: [] int32, at least 1.
+
+  Returns:
+    (gradients, metrics, counts, per_row).
+  """
+  grad_fn = jax.grad(loss_fn, has_aux=True)
+
+  def add(i, total):
+    (grads, (metrics, *rest)), (summed, sums) = grad_fn(params, i), total
+    metrics = {
+      k: (jnp.maximum if k.endswith("_max") else jnp.add)(summed[k], v)
+      for k, v in metrics.items()
+    }
+    return metrics, jax.tree.map(jnp.add, sums, (grads, *rest))
+
+  grads, (metrics, *rest) = jax.eval_shape(grad_fn, params, jnp.int32(0))
+  metrics = {
+    k: jnp.full(x.shape, -jnp.inf if k.endswith("_max") else 0, x.dtype)
+    for k, x in metrics.items()
+  }
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, *rest))
+  metrics, (grads, *rest) = jax.lax.fori_loop(0, parts, add, (metrics, zeros))
+  return grads, metrics, *rest
 
 
 def accumulate(

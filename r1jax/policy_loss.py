@@ -247,6 +247,7 @@ AGGREGATIONS: dict[str, Callable] = {
 # -- the loss --------------------------------------------------------------------------
 
 
+@jax.named_scope("loss")
 def policy_loss(
   logprobs: jax.Array, rows: Rows, o: Objective, totals: Totals, *, window: int
 ) -> tuple[jax.Array, tuple[dict, dict]]:

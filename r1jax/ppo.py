@@ -211,6 +211,7 @@ def value_loss(
   return loss, jax.lax.stop_gradient(metrics)
 
 
+@jax.named_scope("experience")
 def experience(
   state: PPOState,
   slots: Slots,
@@ -248,6 +249,7 @@ def experience(
   return shuffled(batch, order, c.minibatches, c.unit), metrics
 
 
+@jax.named_scope("update_value")
 def update_value(
   state: TrainState,
   batch: ValueRows,

@@ -25,7 +25,8 @@ from r1jax.errors import NumericalError
 from r1jax.evals import generate
 from r1jax.evaluator import Evaluator
 from r1jax.optimizer import make_optimizer
-from r1jax.run import Run, compiled, put_batch, take
+from r1jax.profiling import Profile
+from r1jax.run import Run, compiled, put_batch, readable, take
 
 
 def reinforce(
@@ -59,9 +60,10 @@ def reinforce(
   checkpoints = Checkpoints(this.workdir / "checkpoints" / "rl")
   step = checkpoints.latest() or 0
   if step:
-    shapes = jax.eval_shape(begin, params, router)
-    state = checkpoints.restore(step, shapes, shardings)
-    host = checkpoints.restore_host(step)
+    with this.clock.phase("restore", step=step):
+      shapes = jax.eval_shape(begin, params, router)
+      state = checkpoints.restore(step, shapes, shardings)
+      host = checkpoints.restore_host(step)
     this.clock.restore(host["clock"])
     stream.set_state(host["stream"])
     this.progress.say(f"rl: continuing from update {step}")
@@ -85,17 +87,24 @@ def reinforce(
   if not step:
     evaluate(state, 0)
   programs = {}
+  how = dict(say=this.progress.say, phase=this.clock.phase)
+  profile = Profile(this.workdir / "profile", c.profile_steps, **how)
   pending = None  # the step whose figures are still on their way
   last = token_budget and sampled_tokens(this) >= token_budget
   while step < c.steps and not last:
     window = settings.window_at(this.windows, step)
-    with this.clock.phase("rl"):
+    following = step + c.grpo.minibatches
+    with this.clock.phase("rl", event="data", step=following):
       batch = put_batch(this, take(this.train, np.asarray(next(stream))))
     if window not in programs:
       programs[window] = make_step(this, window, state, batch, key)
-    with this.clock.phase("rl"):
-      state, said, figures, trace = programs[window](state, batch, key, this.judges)
-      step += c.grpo.minibatches
+    profile.start(step + 1, following, state)
+    # In segments rollouts and rewards have lines of their own: the rest is the update.
+    name = "update" if c.segment_tokens else "step"
+    with this.clock.phase("rl", event=name, step=following):
+      state, *made = programs[window](state, batch, key, this.judges)
+      said, figures, trace = readable(this, made)
+      step = following
       if pending is not None:
         record(this, *pending)
       pending = (step, said, figures, trace)
@@ -109,6 +118,7 @@ def reinforce(
       ):
         record(this, *pending)
         pending = None
+    profile.stop(step, state, end=bool(last))
     if this.host_reward:
       this.host_reward.check(float(figures["outcome_infrastructure"]))
     if last or step % c.eval.every == 0:
@@ -118,7 +128,7 @@ def reinforce(
         if warning := diagnostics.hacked(rows("rl"), rows(phase), drop, score):
           this.progress.say(f"update {step}: {warning}")
     if last or step % c.checkpoint_every == 0:
-      with this.clock.phase("save"):
+      with this.clock.phase("save", step=step):
         host = {"stream": stream.get_state(), "clock": this.clock.state()}
         checkpoints.save(step, state, host)
   checkpoints.close()
@@ -161,6 +171,7 @@ def make_step(this: Run, window: int, state, batch, key) -> Any:
       segment_tokens=c.segment_tokens,
       ahead=this.host_reward.ahead if this.host_reward else None,
       state_shardings=layout,
+      phase=this.clock.phase,
       reward_fn=judged(this, this.judges),
       **parts,
     )

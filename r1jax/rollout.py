@@ -128,6 +128,7 @@ def plan(policy: Policy, batch: int, s: Sampler) -> Plan:
   return Plan(count, levels, shards, axes, drafts)
 
 
+@jax.named_scope("prefill")
 def start(
   policy: Policy,
   params: dict,
@@ -188,6 +189,7 @@ def start(
   return slots.turn(carry, everyone, jnp.zeros_like(everyone))
 
 
+@jax.named_scope("decode")
 def advance(
   policy: Policy,
   params: dict,
@@ -222,9 +224,10 @@ def step(
 ) -> Decoding:
   """One turn of the loop: every slot writes a token."""
   logits = policy.apply(variables, c.slots.hidden, method="logits")
-  logits, packed = sampling.tempered(logits, s)
-  drawn = sampling.pick(logits, sampling.uniforms(c.slots.keys, c.slots.length))
-  drawn = drawn, *sampling.statistics(logits, drawn), packed
+  with jax.named_scope("sampling"):
+    logits, packed = sampling.tempered(logits, s)
+    drawn = sampling.pick(logits, sampling.uniforms(c.slots.keys, c.slots.length))
+    drawn = drawn, *sampling.statistics(logits, drawn), packed
   c, token, writes, over = slots.write(c, drawn, s)
   at = slots.place(c, writes)
   out = policy.apply(variables, token[:, None], at, c.cache, layers, method="decode")
@@ -258,6 +261,7 @@ def finish(carry: Decoding) -> Rollout:
   )
 
 
+@jax.named_scope("rollout")
 def sample(
   policy: Policy,
   params: dict,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from r1jax import settings, sharding, train_state
+from r1jax.agreement import agree, share_folder
 from r1jax.checkpoint import Checkpoints
 from r1jax.data import corpus
 from r1jax.data import world as worlds
@@ -82,7 +84,7 @@ def make_folder(workdir: pathlib.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / ".writable"
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another process may have been here
   except OSError as error:
     raise UserError(
       f"--workdir={workdir} cannot be written ({error.strerror}). Choose another one."
@@ -162,7 +164,11 @@ def prepare(
   encoded, asked = encode(world.train), encode(kept)
   windows = settings.windows(c, 1 + longest([page for _, page in pages]))
   for _, tokens in windows:
-    settings.step_config(c, tokens)
+    settings.step_config(c, tokens).check_pack(length)
+    sharding.check_length(mesh, length + tokens, "rows of prompt and output")
+  page = 2 + longest(texts)  # BOS and EOS
+  if c.pretrain.steps:
+    sharding.check_length(mesh, c.pretrain.width or page, "pages (pretrain.width)")
   host_reward = None
   needs_host = sorted({p.kind for p in (*world.train, *kept)} - {"answer", "text"})
   if c.reward.host:
@@ -178,25 +184,34 @@ def prepare(
       f"config.reward.host=False and there are problems of kind {needs_host[0]!r}:"
       " only the host's rules can judge them. Set config.reward.host=True."
     )
+  share_folder(workdir)
+  made = hashlib.sha256(tokenizer.model).hexdigest()
+  agree({"files": identity(config), "tokenizer": made})
   # Only now is the folder claimed: a mistake found above leaves nothing behind.
-  tokenizer.save(path)
-  write_json(workdir / "config.json", identity(config))
+  first = jax.process_index() == 0
+  files = {
+    name: MetricsFile(workdir / f"{name}.jsonl", writes=first)
+    for name in ("metrics", "samples", "tokens")
+  }
+  if first:
+    tokenizer.save(path)
+    write_json(workdir / "config.json", identity(config))
   return Run(
     config=config,
     workdir=workdir,
     mesh=mesh,
     clock=clock,
     progress=progress,
-    metrics=MetricsFile(workdir / "metrics.jsonl"),
-    samples=MetricsFile(workdir / "samples.jsonl"),
-    traces=MetricsFile(workdir / "tokens.jsonl"),
+    metrics=files["metrics"],
+    samples=files["samples"],
+    traces=files["tokens"],
     world=world,
     tokenizer=tokenizer,
     policy=policy,
     train=encoded,
     held_out=asked,
     held_out_problems=kept,
-    page=2 + longest(texts),  # BOS and EOS
+    page=page,
     windows=windows,
     host_reward=host_reward,
     reward=host_reward or rule_reward(config, tokenizer, world.train),
@@ -297,4 +312,27 @@ def take(problems: PromptBatch, index: np.ndarray) -> PromptBatch:
 
 
 def put_batch(this: Run, batch: Any) -> Any:
-  return jax.device_put(batch, sharding.batch_sharding(this.mesh))
+  """Rows of a batch on their devices. Every process knows all of them, in the same
+  order, and hands over those of its own devices.
+
+  Args:
+    batch: arrays [B, ...] of NumPy.
+  """
+  layout = sharding.batch_sharding(this.mesh)
+
+  def put(x: np.ndarray) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, layout, lambda rows: x[rows])
+
+  return jax.tree.map(lambda x: put(np.asarray(x)), batch)
+
+
+def _same(x: Any) -> Any:
+  return x
+
+
+def readable(this: Run, tree: Any) -> Any:
+  """The same arrays, laid out so that every process can read all of their rows. Called
+  right after the program that makes them, it does not wait for the next one."""
+  if jax.process_count() == 1:
+    return tree
+  return jax.jit(_same, out_shardings=sharding.replicated(this.mesh))(tree)

@@ -6,6 +6,7 @@ last finished state can still be saved.
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -59,11 +60,13 @@ class Segments:
   config: grpo.GRPOConfig
   segment_tokens: int
   ahead: Callable | None
+  phase: Callable[[str], contextlib.AbstractContextManager]
 
   def __call__(
     self, state: TrainState, prompts: PromptBatch, key: jax.Array
   ) -> tuple[TrainState, Rollout, dict, diagnostics.Trace]:
     """As `grpo.whole_step`; the state's buffers are spent by the first update."""
+    jax.block_until_ready(state.step)  # the update before is not this rollout's time
     slots = self._collect(state, prompts, key)
     rows, metrics = self.experience(state, slots, key)
     updates = []
@@ -79,7 +82,10 @@ class Segments:
     slots = None
     for i in range(self.config.objective.pool):
       prompts, earlier = self.wave(pool, i)
-      wave = self.score(prompts, self._rollout(state, prompts, earlier, key))
+      with self.phase("rollout"):
+        rollout = jax.block_until_ready(self._rollout(state, prompts, earlier, key))
+      with self.phase("reward"):
+        wave = jax.block_until_ready(self.score(prompts, rollout))
       if self.config.objective.pool == 1:
         return wave
       slots = dynamic_sampling.empty(wave) if slots is None else slots
@@ -127,6 +133,7 @@ def make_segments(
   segment_tokens: int,
   ahead: Callable | None = None,
   state_shardings: Any = None,
+  phase: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Segments:
   """Jits the pieces.
 
@@ -136,6 +143,7 @@ def make_segments(
     ahead: (problems' ids, outputs' tokens) is called with the outputs that a segment
       has finished, while the next one runs: HostReward.ahead.
     state_shardings: how an updated state is laid out; None leaves it to the compiler.
+    phase: (name) -> a context that times a rollout, or its rewards: Clock.phase.
   """
   c = config
 
@@ -160,7 +168,8 @@ def make_segments(
     return carry, Seen.of(carry)
 
   def score(prompts, rollout):
-    return dynamic_sampling.all_of(prompts, rollout, reward_fn(prompts, rollout))
+    rewards = jax.named_scope("reward")(reward_fn)(prompts, rollout)
+    return dynamic_sampling.all_of(prompts, rollout, rewards)
 
   def trace(rows, per_token):
     return diagnostics.trace(rows, per_token, c.traced_groups * c.group_size)
@@ -181,4 +190,5 @@ def make_segments(
     config=c,
     segment_tokens=segment_tokens,
     ahead=ahead,
+    phase=phase,
   )

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 
 from ml_collections import ConfigDict
 
@@ -20,7 +21,7 @@ from r1jax.rewards.verdict import OUTCOMES
 from r1jax.sft import TuningConfig
 
 # Keys that change neither the weights nor the figures of a run.
-FREE = ("seeds", "compilation_cache")
+FREE = ("seeds", "compilation_cache", "profile_steps")
 
 
 def plain(config: ConfigDict) -> dict:
@@ -163,6 +164,14 @@ def window_at(pairs: list[tuple[int, int]], step: int) -> int:
   return [tokens for start, tokens in pairs if start <= step][-1]
 
 
+def profiled(c: ConfigDict) -> bool:
+  """Whether profile_steps names updates that there are, or none."""
+  match tuple(c.profile_steps):
+    case (int(first), int(last)):
+      return (first, last) == (0, 0) or 1 <= first <= min(last, c.steps)
+  return False
+
+
 def config_get(config: ConfigDict, key: str):
   """The value of a dotted key."""
   for part in key.split("."):
@@ -188,8 +197,8 @@ def check(config: ConfigDict, devices: int) -> None:
   o, sizes = objective(c), policy_config(c, vocab=512)
   learning_rate(optimizer_config(c))
   scorer_config(c)
-  shape = sharding.check_mesh(c.mesh, devices)
-  shards = shape[0] * shape[1]
+  mesh = sharding.check_mesh(c.mesh, devices)
+  shards = math.prod(mesh[axis] for axis in sharding.BATCH)
   rows, parts = c.prompts * g.group_size, g.minibatches * g.micro_batches
   micro = c.pretrain.micro_batches
   rules = [
@@ -229,8 +238,8 @@ def check(config: ConfigDict, devices: int) -> None:
     ),
     (
       c.prompts % shards == 0,
-      f"prompts={c.prompts} is not divisible by the {shards} data shards (fsdp x"
-      f" expert) of mesh={shape}; try {-(-c.prompts // shards) * shards}",
+      f"prompts={c.prompts} is not divisible by the {shards} data shards (data x fsdp"
+      f" x expert) of mesh={mesh}; try {-(-c.prompts // shards) * shards}",
     ),
     (
       rows % (parts * shards) == 0,
@@ -252,6 +261,11 @@ def check(config: ConfigDict, devices: int) -> None:
       f"pretrain.rows={c.pretrain.rows} is not divisible by"
       f" pretrain.micro_batches={micro} x {shards} data shards; try"
       " pretrain.micro_batches=1",
+    ),
+    (
+      profiled(c),
+      f"profile_steps={c.profile_steps} must be the (first, last) update of"
+      f" steps={c.steps} to profile, or (0, 0)",
     ),
     (c.eval.samples >= 2, f"eval.samples={c.eval.samples} must be at least 2"),
     (

@@ -229,6 +229,7 @@ def prompt_of(output: jax.Array, lengths: jax.Array) -> jax.Array:
   return jnp.minimum(output, lengths.size - 1) // lengths.shape[1]
 
 
+@jax.named_scope("slots")
 def write(
   carry: Decoding,
   drawn: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None],
@@ -291,6 +292,7 @@ def write(
   return carry.replace(outputs=outputs, slots=slots), token, writes, over
 
 
+@jax.named_scope("slots")
 def record(carry: Decoding, at: DecodeStep, experts, took: jax.Array) -> Decoding:
   """With the experts [N, S, Q, A] of the tokens that were just decoded. Args: took [S,
   Q] bool, which of those are the output's."""
@@ -308,6 +310,7 @@ def record(carry: Decoding, at: DecodeStep, experts, took: jax.Array) -> Decodin
   return carry.replace(outputs=outputs.replace(experts=each(carry, local, *args)))
 
 
+@jax.named_scope("slots")
 def turn(carry: Decoding, over: jax.Array, grown: jax.Array) -> Decoding:
   """After a step: slots whose output is over take the next of the queue, others may
   need a seat further on.

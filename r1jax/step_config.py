@@ -18,6 +18,7 @@ class StepConfig:
   minibatches: int = 16  # K updates a rollout, each output in one of them
   micro_batches: int = 1  # parts of a minibatch whose gradients are summed
   whole_groups: bool = False  # a minibatch has whole groups; each prompt computed once
+  pack: int = 0  # tokens a row that outputs are packed into (packing.py); 0: a row each
   max_tokens: int = 32_768  # T
   temperature: float = 1.0
   top_k: int = 0  # sample from the k most likely tokens; 0: from all
@@ -62,8 +63,24 @@ class StepConfig:
         " vocabulary are not those that were sampled from, so every ratio would be"
         " wrong. Keep the mask, or sample with top_k=0, top_p=1 and min_p=0."
       )
+    if self.pack and (self.whole_groups or self.balance_coef):
+      raise UserError(
+        f"config.grpo.pack={self.pack} goes with neither grpo.whole_groups="
+        f"{self.whole_groups} nor grpo.balance_coef={self.balance_coef}, which need an"
+        " output or a group a row; set pack=0, or whole_groups=False, balance_coef=0."
+      )
     Sampler(**self.sampling(pad_id=0))
     self.objective.overlong_tokens(self.max_tokens)
+
+  def check_pack(self, prompt: int) -> None:
+    """Raises UserError where a packed row cannot hold a prompt of so many tokens and
+    the longest output."""
+    longest = prompt + self.max_tokens
+    if self.pack and self.pack < longest:
+      raise UserError(
+        f"config.grpo.pack={self.pack} must be 0 (off) or at least {longest}, a prompt"
+        f" of {prompt} tokens and an output of {self.max_tokens}."
+      )
 
   def sampling(self, **more: Any) -> dict[str, Any]:
     """The settings of the rollout, for `rollout.sample`."""

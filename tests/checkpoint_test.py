@@ -5,10 +5,11 @@ import json
 import grpo_golden as golden
 import jax
 import jax.numpy as jnp
+from meshes import mesh_of
 import numpy as np
 import pytest
 
-from r1jax import sharding, train_state
+from r1jax import train_state
 from r1jax.checkpoint import Checkpoints
 from r1jax.errors import UserError
 
@@ -31,7 +32,7 @@ def parts():
     return x + 3
 
   state = jax.tree.map(fill, state)
-  mesh = sharding.make_mesh((2, 2, 2))
+  mesh = mesh_of((2, 2, 2))
   shardings = train_state.shardings(policy, optimizer, mesh, reference=True)
   return state, jax.eval_shape(lambda: state), shardings
 

@@ -6,6 +6,7 @@ import functools
 import grpo_golden as golden
 import jax
 import jax.numpy as jnp
+from meshes import mesh_of
 import numpy as np
 import optax
 import pytest
@@ -456,7 +457,7 @@ def run():
   program)."""
 
   def steps(shape, devices):
-    mesh = sharding.make_mesh(shape, devices)
+    mesh = mesh_of(shape, devices)
     with jax.set_mesh(mesh):
       layout = train_state.shardings(POLICY, OPTIMIZER, mesh, reference=False)
       state = train_state.restart(*golden.weights(POLICY), OPTIMIZER, reference=False)

@@ -6,11 +6,12 @@ import types
 
 import grpo_golden as golden
 import jax
+from meshes import mesh_of
 import numpy as np
 import pytest
 from trees import assert_same, host
 
-from r1jax import fine_tuning, sft, sharding
+from r1jax import fine_tuning, sft
 from r1jax.fine_tuning import tune
 from r1jax.metrics import MetricsFile
 from r1jax.optimizer import OptimizerConfig
@@ -106,7 +107,7 @@ def call(workdir, *, kill_at=None, pages=rows, config=CONFIG, **how):
     | dict(
       config=types.SimpleNamespace(seed=1),
       workdir=workdir,
-      mesh=sharding.make_mesh((1, 1, 1), jax.devices()[:1]),
+      mesh=mesh_of((1, 1, 1), jax.devices()[:1]),
       clock=Clock(),
       progress=Console(kill_at),
       metrics=MetricsFile(workdir / "metrics.jsonl"),

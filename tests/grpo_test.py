@@ -11,6 +11,7 @@ import re
 import grpo_golden as golden
 import jax
 import jax.numpy as jnp
+from meshes import mesh_of
 import numpy as np
 import pytest
 from trees import assert_same, host
@@ -397,7 +398,7 @@ def test_an_update_is_invariant_to_padding_on_both_sides(updated):
 @pytest.mark.parametrize("cut", [2, 8])
 def test_an_update_is_invariant_to_the_number_of_devices(updated, cut):
   program, want, metrics, logprobs, _ = updated
-  mesh = sharding.make_mesh((cut, 1, 1), jax.devices()[:cut])
+  mesh = mesh_of((cut, 1, 1), jax.devices()[:cut])
   with jax.set_mesh(mesh):
     rows = jax.device_put(training_rows(), sharding.batch_sharding(mesh))
     state = jax.device_put(update_state(), sharding.replicated(mesh))

@@ -6,6 +6,7 @@ import threading
 import grpo_golden as golden
 import jax
 import jax.numpy as jnp
+from meshes import mesh_of
 import numpy as np
 import pytest
 from trees import assert_same
@@ -81,7 +82,7 @@ def test_every_row_is_scored_once_and_stands_in_its_place(shape):
   reward = HostReward(scorer, PROBLEMS, Letters())
   rollout = a_rollout()
   order = np.random.default_rng(1).permutation(50)[:B].astype(np.int32)
-  mesh = sharding.make_mesh(shape, jax.devices()[: int(np.prod(shape))])
+  mesh = mesh_of(shape, jax.devices()[: int(np.prod(shape))])
   with jax.set_mesh(mesh):
     given = jax.device_put((prompts(order), rollout), sharding.batch_sharding(mesh))
     got = jax.jit(reward)(*given)
@@ -127,7 +128,7 @@ def test_a_large_batch_does_not_hang(devices):
     texts.append(text)
     return Breakdown(1.0, {"count": 1.0}, "correct")
 
-  mesh = sharding.make_mesh((devices, 1, 1), jax.devices()[:devices])
+  mesh = mesh_of((devices, 1, 1), jax.devices()[:devices])
   reward = jax.jit(HostReward(Counting(score), PROBLEMS, Letters()))
   with jax.set_mesh(mesh):
     given = jax.device_put(
@@ -384,7 +385,7 @@ def test_a_scorer_serves_several_devices_at_a_time():
   """A real pool, called back from eight devices at once."""
   with Scorer(ScorerConfig(maths="exact", workers=2), PROBLEMS) as scorer:
     reward = HostReward(scorer, PROBLEMS, Letters())
-    mesh = sharding.make_mesh((8, 1, 1))
+    mesh = mesh_of((8, 1, 1))
     with jax.set_mesh(mesh):
       given = (prompts(np.arange(B)), a_rollout())
       given = jax.device_put(given, sharding.batch_sharding(mesh))

@@ -6,11 +6,12 @@ import logging
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
+from meshes import mesh_of
 import numpy as np
 import pytest
 from quick import QUICK
 
-from r1jax import implementation, ops, sharding
+from r1jax import implementation, ops
 from r1jax.models import config, policy
 from r1jax.models.sequence import Sequence
 
@@ -120,7 +121,7 @@ def test_auto_on_an_accelerator_is_a_kernel_that_is_compiled(on, call, platform)
 
 def test_the_platform_is_that_of_the_mesh():
   assert implementation.platform() == "cpu"
-  with jax.set_mesh(sharding.make_mesh((2, 2, 2))):
+  with jax.set_mesh(mesh_of((2, 2, 2))):
     assert implementation.platform() == "cpu"
   tpu = AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
   mesh = AbstractMesh((8,), ("fsdp",), abstract_device=tpu)
@@ -177,7 +178,7 @@ def test_another_reason_is_another_line(on, caplog):
 def test_the_experts_product_falls_back_on_a_mesh(on, caplog):
   want = grouped(implementation="xla")
   on("tpu")
-  with jax.set_mesh(sharding.make_mesh((2, 2, 2))):
+  with jax.set_mesh(mesh_of((2, 2, 2))):
     np.testing.assert_allclose(grouped(), want, rtol=0, atol=1e-6)
     with pytest.raises(NotImplementedError, match="one device"):
       grouped(implementation="mosaic")

@@ -9,14 +9,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 RANKS = [
   names.split()
   for names in (
-    "r1jax.errors",
+    "r1jax.errors r1jax.events",
+    "r1jax.xla_flags",
     "r1jax.kernels r1jax.sharding r1jax.data.tokenizer r1jax.data.problem",
     "r1jax.implementation r1jax.ops_checks r1jax.ahead_of_time r1jax.support"
+    " r1jax.program_cost"
     " r1jax.levels r1jax.stopping"
     " r1jax.rewards",
     "r1jax.ops r1jax.vocabulary",
     "r1jax.models r1jax.sampling",
-    "r1jax.objective r1jax.train_state r1jax.optimizer r1jax.slots",
+    "r1jax.objective r1jax.train_state r1jax.optimizer r1jax.slots r1jax.packing",
     "r1jax.step_config r1jax.speculative",
     "r1jax.prompts r1jax.rollout r1jax.dynamic_sampling r1jax.experience"
     " r1jax.advantages",
@@ -25,9 +27,10 @@ RANKS = [
     " r1jax.reward_model",
     "r1jax.distillation",
     "r1jax.data r1jax.settings r1jax.checkpoint r1jax.metrics r1jax.report"
-    " r1jax.progress r1jax.token_report",
-    "r1jax.evals r1jax.run",
-    "r1jax.evaluator",
+    " r1jax.progress r1jax.token_report r1jax.goodput r1jax.profiling",
+    "r1jax.agreement",
+    "r1jax.evals r1jax.run r1jax.launch",
+    "r1jax.evaluator r1jax.plan",
     "r1jax.fine_tuning r1jax.reinforcement",
     "r1jax.loop",
     "r1jax.pipeline",

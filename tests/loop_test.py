@@ -10,6 +10,9 @@ import time
 
 import pytest
 
+from r1jax import events
+from r1jax.goodput import Goodput
+
 SMALL = [
   "--config.model.width=32",
   "--config.model.heads=2",
@@ -47,7 +50,7 @@ def run(*args, **kwargs) -> subprocess.CompletedProcess:
 def finished(tmp_path_factory, cache):
   """A run that nothing disturbed: (workdir, what it printed)."""
   workdir = tmp_path_factory.mktemp("runs") / "whole"
-  done = run(workdir, cache)
+  done = run(workdir, cache, "--config.profile_steps=(3,4)")
   assert done.returncode == 0, done.stderr
   return workdir, done.stdout
 
@@ -79,9 +82,42 @@ def test_metrics_have_a_row_a_rollout(finished):
   assert steps == [2, 4, 6, 8, 10, 12]
 
 
+def test_every_phase_leaves_an_event(finished):
+  found = events.read(finished[0] / "events.jsonl")
+  steps = [e["step"] for e in found if e["name"] == "step"]
+  assert steps == [2, 4, 6, 8, 10, 12]
+  trained = [e["step"] for e in found if e["name"] == "pretrain"]
+  assert trained == list(range(1, 10))
+  expected = {"init", "compile", "corpus", "pretrain", "save", "evaluate", "data"}
+  run = Goodput.of(found)
+  assert set(run.seconds) == expected | {"step", "profile"}
+  assert run.restarts == 0 and 0 < run.goodput < 1
+  assert run.unnamed < 0.2 * run.wall
+
+
+def test_a_profile_has_the_names_of_the_code(finished):
+  workdir, printed = finished
+  assert "profile of updates 3 to 4" in printed
+  assert f"xprof --logdir={workdir / 'profile'}" in printed.replace("\n", "")
+  (profile,) = workdir.glob("profile/plugins/profile/*/*.xplane.pb")
+  assert profile.with_name("perfetto_trace.json.gz").exists()
+  traced = profile.read_bytes()
+  for name in (
+    *("rollout/prefill/", "rollout/decode/", "sampling/", "slots/", "reward/"),
+    *("experience/reference/", "experience/advantages/", "update/optimizer/"),
+    *("update/while/", "/jvp(logprobs)/", "/transpose(jvp(logprobs))/", "(loss)/"),
+    *("/mla/attention/", "/ffn/moe/"),
+  ):
+    assert name.encode() in traced, name
+
+
 def test_segments_give_the_run_the_same_figures(finished, cache, tmp_path):
   done = run(tmp_path / "segments", cache, "--config.segment_tokens=16")
   assert done.returncode == 0, done.stderr
+  found = events.read(tmp_path / "segments" / "events.jsonl")
+  for name in ("rollout", "reward", "update"):
+    steps = [e["step"] for e in found if e["name"] == name]
+    assert steps == [2, 4, 6, 8, 10, 12], name
   for ours, theirs in zip(rows(tmp_path / "segments"), rows(finished[0]), strict=True):
     assert ours.pop("phase") == theirs.pop("phase")
     assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
@@ -99,10 +135,11 @@ def test_a_mesh_gives_the_run_the_same_figures(finished, cache, tmp_path):
     "--config.checkpoint_every=2",
   ]
   runs = {}
-  for devices, mesh in ((8, "(2,2,2)"), (1, "(1,1,1)")):
+  three = [f"--config.mesh.{axis}=2" for axis in ("fsdp", "expert", "tensor")]
+  for devices, mesh in ((8, three), (1, [])):
     folder = tmp_path / str(devices)
     done = subprocess.run(
-      command(folder, cache, *arguments, f"--config.mesh={mesh}"),
+      command(folder, cache, *arguments, *mesh),
       capture_output=True,
       text=True,
       env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
@@ -152,3 +189,6 @@ def test_a_killed_run_ends_where_it_would_have_ended(finished, cache, tmp_path):
   assert again.returncode == 0, again.stderr
   assert "continuing from update 4" in again.stdout.replace("\n", " ")
   assert rows(workdir) == rows(finished[0])
+  time_of = Goodput.of(events.read(workdir / "events.jsonl"))
+  assert time_of.restarts == 1 and time_of.seconds["restart"] > 0
+  assert "restore" in time_of.seconds and time_of.steps_again <= 1  # update 6

@@ -98,3 +98,16 @@ def test_write_json_replaces_the_whole_file(tmp_path):
   write_json(path, {"b": 1})
   assert json.loads(path.read_text()) == {"b": 1}
   assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_process_that_does_not_write_knows_the_same_rows(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  MetricsFile(path).write({"phase": "rl", "step": 1, "reward": 0.5})
+  before = path.read_bytes()
+  other = MetricsFile(path, writes=False)
+  other.write({"phase": "rl", "step": 2, "reward": math.nan})
+  assert [r["step"] for r in other.phase("rl")] == [1, 2]
+  assert other.rows()[1]["reward"] is None
+  other.roll_back({"rl": 1})
+  assert [r["step"] for r in other.rows()] == [1]
+  assert path.read_bytes() == before

@@ -47,6 +47,26 @@ def test_cosine_falls_from_the_peak_to_the_final_fraction(warmup):
   np.testing.assert_allclose(rates(c, (20, 21, 900)), [0.1] * 3, rtol=1e-5)
 
 
+def test_moments_in_bfloat16_take_half_and_move_weights_nearly_alike():
+  params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)), jnp.float32)}
+  grads = [jax.tree.map(lambda x, i=i: jnp.sin(x + i), params) for i in range(4)]
+  ends, sizes = [], []
+  for moments in ("float32", "bfloat16"):
+    how = settings(learning_rate=0.1, steps=4, moments=moments)
+    chosen, now = optimizer.make_optimizer(how), params
+    state = chosen.init(params)
+    sizes.append(sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim))
+    for g in grads:
+      updates, state = chosen.update(g, state, now)
+      now = jax.tree.map(jnp.add, now, updates)
+    ends.append(now["w"])
+  assert sizes[0] == 2 * sizes[1]
+  np.testing.assert_allclose(ends[0], ends[1], rtol=0, atol=0.02)
+  assert (ends[0] != ends[1]).any()
+  with pytest.raises(UserError, match="moments='float16'"):
+    optimizer.make_optimizer(settings(moments="float16"))
+
+
 def test_an_unknown_schedule_is_refused_by_name():
   with pytest.raises(UserError, match="'linear'"):
     optimizer.learning_rate(settings(schedule="linear"))

@@ -8,13 +8,14 @@ from unittest import mock
 import grpo_golden as golden
 import jax
 import jax.numpy as jnp
+from meshes import mesh_of
 import numpy as np
 import optax
 import oracle
 import pytest
 from trees import assert_same, host
 
-from r1jax import grpo, ppo, sharding
+from r1jax import grpo, ppo
 from r1jax.advantages import gae
 from r1jax.dynamic_sampling import all_of
 from r1jax.errors import UserError
@@ -433,7 +434,7 @@ def test_a_policy_without_experts_can_be_trained():
   state = ppo.restart(
     params, router, golden.optimizer(), golden.optimizer(), reference=True
   )
-  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  mesh = mesh_of((1, 1, 1), jax.devices()[:1])
   laid_out = ppo.shardings(
     policy, golden.optimizer(), golden.optimizer(), mesh, reference=True
   )

@@ -7,6 +7,7 @@ import functools
 import grpo_golden as golden
 import jax
 import jax.numpy as jnp
+from meshes import mesh_of
 import numpy as np
 import pytest
 from quick import QUICK
@@ -384,7 +385,7 @@ ON_MESH = dict(group_size=2, slots=0)
 
 @functools.cache
 def on_mesh(shape, name="MoE", **settings):
-  mesh = sharding.make_mesh(shape, jax.devices()[: int(np.prod(shape))])
+  mesh = mesh_of(shape, jax.devices()[: int(np.prod(shape))])
   limits = heavy_tailed(3, (8, 2))
   with jax.set_mesh(mesh):
     rows = sharding.batch_sharding(mesh)

@@ -79,7 +79,7 @@ REFUSED = [
   # (changes, devices, what the message must hold: key and value, then the remedy)
   (dict(steps=0), 1, ["steps=0", "at least 1"]),
   (dict(steps=121), 1, ["steps=121", "minibatches=2", "try 122"]),
-  (dict(mesh=(3, 1, 1)), 8, ["mesh=(3, 1, 1)", "8 devices", "(-1, 1, 1)"]),
+  (dict(mesh__fsdp=3), 8, ["fsdp=3", "8 devices", "fsdp=-1"]),
   (dict(prompts=6), 4, ["prompts=6", "4 data shards", "try 8"]),
   (
     dict(prompts=2, grpo__group_size=3),
@@ -148,6 +148,10 @@ REFUSED = [
     ["routing_replay=True", "experts"],
   ),
   (dict(grpo__traced_groups=17), 1, ["traced_groups=17", "prompts=16"]),
+  *(
+    (dict(profile_steps=steps), 1, [f"profile_steps={steps}", "(0, 0)", "steps=160"])
+    for steps in ((3,), (4, 3), (0, 3), (161, 161), (-1, 2))
+  ),
 ]
 
 
@@ -193,7 +197,8 @@ def test_the_digest_changes_with_a_value_and_not_with_what_is_free():
     ("data__template", "r1_zero"),
   ]:
     assert settings.sha256(changed(**{name: value})) != base, name
-  for name, value in [("seeds", 5), ("compilation_cache", "off")]:
+  free = [("seeds", 5), ("compilation_cache", "off"), ("profile_steps", (3, 4))]
+  for name, value in free:
     assert settings.sha256(changed(**{name: value})) == base, name
 
 
@@ -201,7 +206,7 @@ def test_plain_survives_json_and_leaves_the_free_keys_out():
   values = settings.plain(get_config())
   assert json.loads(json.dumps(values)) == values
   assert not set(settings.FREE) & set(values)
-  assert values["mesh"] == [-1, 1, 1]
+  assert values["mesh"]["fsdp"] == -1 and values["windows"] == [[0, 0]]
 
 
 def test_differences_name_every_leaf_that_differs():

@@ -1,13 +1,18 @@
 """A step gives the same numbers on one device and cut over eight; a mesh that does not
 fit is refused."""
 
+import functools
+import math
+
 import grpo_golden as golden
 import jax
 import numpy as np
 import pytest
+from quick import QUICK
 
 from r1jax import experience, grpo, rollout, sharding, train_state
 from r1jax.errors import UserError
+from r1jax.models.policy import init
 from r1jax.objective import Objective
 from r1jax.optimizer import OptimizerConfig, make_optimizer
 from r1jax.sampling import Sampler
@@ -26,9 +31,10 @@ CONFIG = grpo.GRPOConfig(
 )
 
 
-def run(shape, devices, policy):
+def run(sizes, policy):
   """(state, rollout, metrics) of one whole step on a mesh."""
-  mesh = sharding.make_mesh(shape, devices)
+  devices = jax.devices()[: math.prod(sizes.values())]
+  mesh = sharding.make_mesh(devices, **sizes)
   with jax.set_mesh(mesh):
     shardings = train_state.shardings(policy, OPTIMIZER, mesh, reference=True)
     params, router = golden.weights(policy)
@@ -38,32 +44,39 @@ def run(shape, devices, policy):
     )
     state = state.replace(reference=state.reference.replace(params=moved))
     state = jax.device_put(state, shardings)
-    batch = jax.device_put(golden.prompt_batch(8), sharding.batch_sharding(mesh))
+    batch = golden.prompt_batch(8, length=6)  # 6 + 6 tokens: two devices' context
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     key = jax.device_put(jax.random.key(7), sharding.replicated(mesh))
     step = jax.jit(
       golden.make_step(policy, CONFIG, optimizer=OPTIMIZER),
       donate_argnums=0,
       out_shardings=(shardings, None, None, None),
     )
-    return step(state, batch, key)[:3]
+    return step.lower(state, batch, key).compile(QUICK)(state, batch, key)[:3]
 
 
 @pytest.fixture(scope="module")
 def one():
-  return run((1, 1, 1), jax.devices()[:1], POLICIES["dense"])
+  return run({}, POLICIES["dense"])
 
 
-CUTS = [((2, 2, 2), "dense"), ((8, 1, 1), "dense"), ((2, 2, 2), "ragged")]
+# Every axis alone, and mixtures.
+CUTS = [
+  (dict(data=8), "dense"),
+  (dict(fsdp=8), "dense"),
+  (dict(expert=4), "ragged"),
+  (dict(tensor=2), "ragged"),
+  (dict(context=2), "dense"),
+  (dict(fsdp=2, expert=2, tensor=2), "ragged"),
+  (dict(data=2, expert=2, context=2), "ragged"),
+  (dict(data=2, fsdp=2, tensor=2), "dense"),
+]
 
 
-@pytest.fixture(scope="module", params=CUTS, ids=str)
-def cut(request):
-  shape, moe = request.param
-  return shape, run(shape, jax.devices(), POLICIES[moe])
-
-
-def test_a_step_is_invariant_to_the_mesh(one, cut):
-  state, rollout, metrics = cut[1]
+@pytest.mark.parametrize("sizes, moe", CUTS, ids=str)
+def test_a_step_is_invariant_to_the_mesh(one, sizes, moe):
+  state, rollout, metrics = run(sizes, POLICIES[moe])
+  weights_are_cut(sizes, state)
   want_state, want_rollout, want_metrics = one
   assert np.array_equal(rollout.tokens, want_rollout.tokens)
   assert np.array_equal(rollout.mask, want_rollout.mask)
@@ -72,6 +85,8 @@ def test_a_step_is_invariant_to_the_mesh(one, cut):
     np.testing.assert_allclose(
       metrics[name], want_metrics[name], rtol=1e-4, atol=1e-6, err_msg=name
     )
+  for name in ("loss", "grad_norm"):
+    np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-5, atol=1e-6)
   assert float(metrics["sampler_gap_max"]) < 1e-4
   for path, x in jax.tree_util.tree_leaves_with_path(state):
     want = want_state
@@ -85,17 +100,19 @@ def test_a_step_is_invariant_to_the_mesh(one, cut):
     )
 
 
-def test_weights_and_moments_are_really_cut(cut):
-  (fsdp, expert, tensor), (state, _, _) = cut
-  c = POLICIES["dense"].config
+def weights_are_cut(sizes, state):
+  """Weights, reference and moments."""
+  sizes = dict.fromkeys(sharding.AXES, 1) | sizes
+  _, fsdp, expert, tensor, _ = sizes.values()
+  devices, wide, c = math.prod(sizes.values()), fsdp * expert, POLICIES["dense"].config
   moments = state.opt_state[1][0].mu
   for params in (state.params, state.reference.params, moments):
     moe = params["moe_layers"]["moe"]
     attention = params["moe_layers"]["attention"]
     for weight, want in [
-      (params["embedding"], (c.vocab // tensor, c.width // fsdp)),
-      (params["head"], (c.width // fsdp, c.vocab // tensor)),
-      (attention["w_o"], (1, c.heads // tensor, c.v_dim, c.width // fsdp)),
+      (params["embedding"], (c.vocab // tensor, c.width // wide)),
+      (params["head"], (c.width // wide, c.vocab // tensor)),
+      (attention["w_o"], (1, c.heads // tensor, c.v_dim, c.width // wide)),
       (
         moe["w_gate"],
         (1, c.experts // expert, c.width // fsdp, c.expert_ffn // tensor),
@@ -106,11 +123,11 @@ def test_weights_and_moments_are_really_cut(cut):
       ),
     ]:
       assert weight.addressable_shards[0].data.shape == want
-      assert len(weight.addressable_shards) == fsdp * expert * tensor
+      assert len(weight.addressable_shards) == devices
 
 
 def test_a_batch_is_cut_over_the_data_axes_alone():
-  mesh = sharding.make_mesh((2, 2, 2))
+  mesh = sharding.make_mesh(fsdp=2, expert=2, tensor=2)
   x = jax.device_put(np.zeros((8, 3)), sharding.batch_sharding(mesh))
   assert x.addressable_shards[0].data.shape == (2, 3)
   y = jax.device_put(np.zeros((8, 3)), sharding.replicated(mesh))
@@ -123,43 +140,63 @@ def test_without_a_mesh_shard_batch_is_the_identity():
 
 
 @pytest.mark.parametrize(
-  "shape, devices, full",
+  "sizes, devices, full",
   [
-    ((2, 2, 2), 8, (2, 2, 2)),
-    ((-1, 1, 1), 8, (8, 1, 1)),
-    ((2, -1, 2), 8, (2, 2, 2)),
-    ((1, 8, -1), 8, (1, 8, 1)),
-    ([1, 1, 1], 1, (1, 1, 1)),
+    (dict(fsdp=2, expert=2, tensor=2), 8, (1, 2, 2, 2, 1)),
+    (dict(fsdp=-1), 8, (1, 8, 1, 1, 1)),
+    (dict(data=2, tensor=-1), 8, (2, 1, 1, 4, 1)),
+    (dict(expert=8, context=-1), 8, (1, 1, 8, 1, 1)),
+    ({}, 1, (1, 1, 1, 1, 1)),
   ],
 )
-def test_one_size_may_be_left_open(shape, devices, full):
-  assert sharding.check_mesh(shape, devices) == full
+def test_one_size_may_be_left_open(sizes, devices, full):
+  assert tuple(sharding.check_mesh(sizes, devices).values()) == full
 
 
 @pytest.mark.parametrize(
-  "shape, devices",
+  "sizes, words",
   [
-    ((2, 2, 1), 8),
-    ((4, 4, 1), 8),
-    ((-1, -1, 1), 8),
-    ((-1, 3, 1), 8),
-    ((0, 1, 1), 8),
-    ((-1, 0, 1), 8),
-    ((-2, 2, -2), 8),
-    ((8, 1), 8),
-    ((8, 1, 1, 1), 8),
+    (dict(fsdp=2, tensor=2), ["fsdp=2, tensor=2", "8 devices", "fsdp=4 tensor=2"]),
+    (dict(fsdp=4, expert=4), ["expert=4", "fsdp=2 expert=4"]),
+    (dict(fsdp=-1, expert=-1), ["product is 8", "fsdp=8"]),
+    (dict(fsdp=-1, tensor=3), ["tensor=3", "fsdp=8"]),
+    (dict(fsdp=0), ["fsdp=0"]),
+    (dict(fsdp=-1, expert=0), ["expert=0"]),
+    (dict(fsdp=-2, data=-4), ["data=-4"]),
+    (dict(pipeline=8), ["pipeline", "no axes", "context"]),
   ],
 )
-def test_a_mesh_that_does_not_fit_is_refused_with_a_remedy(shape, devices):
-  with pytest.raises(UserError, match=r"config\.mesh=.*8 devices.*\(-1, 1, 1\)"):
-    sharding.check_mesh(shape, devices)
+def test_a_mesh_that_does_not_fit_is_refused_with_one_that_does(sizes, words):
+  with pytest.raises(UserError, match=r"config\.mesh") as error:
+    sharding.check_mesh(sizes, 8)
+  for word in words:
+    assert word in str(error.value)
+
+
+def test_rows_that_the_context_axis_does_not_divide_are_refused():
+  mesh = sharding.make_mesh(jax.devices()[:2], context=2)
+  sharding.check_length(mesh, 12, "rows")
+  with pytest.raises(UserError, match=r"context=2 does not divide rows of 11 .* 12"):
+    sharding.check_length(mesh, 11, "rows")
+
+
+def test_other_rules_leave_weights_whole():
+  boxed = jax.eval_shape(lambda: init(POLICIES["dense"], jax.random.key(0)))[0]
+  mesh = sharding.make_mesh(fsdp=8)
+  cut, whole = (sharding.tree_shardings(boxed, mesh, r) for r in sharding.RULES)
+  w_o = "moe_layers", "attention", "w_o"
+  for tree, parts in ((cut, 8), (whole, 1)):
+    layout = functools.reduce(lambda t, k: t[k], w_o, tree)
+    assert layout.shard_shape((1, 2, 8, 32))[-1] * parts == 32
+  with pytest.raises(UserError, match=r"config\.rules='other'.*fsdp"):
+    sharding.tree_shardings(boxed, mesh, "other")
 
 
 def test_rows_of_a_rollout_and_of_minibatches_are_cut_from_the_start():
   """Also where the pieces are programs of their own: neither the empty cache nor the
   shuffled rows stand whole on every device."""
   policy = POLICIES["dense"]
-  mesh = sharding.make_mesh((8, 1, 1))
+  mesh = sharding.make_mesh(fsdp=8)
   params, router = golden.weights(policy)
   with jax.set_mesh(mesh):
     batch = jax.device_put(golden.prompt_batch(8), sharding.batch_sharding(mesh))

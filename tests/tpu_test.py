@@ -13,6 +13,7 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 import numpy as np
 import pytest
 
@@ -33,7 +34,7 @@ def test_whole_step_of_the_tiny_preset_compiles_for_a_tpu(shape):
   pytest.importorskip("libtpu")
   os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
   topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-  mesh = sharding.make_mesh(shape, topology.devices)
+  mesh = mesh_of(shape, topology.devices)
   config = get_config("tiny")
   texts = ["<think>4 + 3 = 7, wait 4 + 3 = 7</think><answer>7</answer>"] * 20
   tokenizer = Tokenizer.train(texts, vocab=400)
@@ -94,8 +95,8 @@ def test_rollouts_of_the_whole_of_v3_fit_256_chips():
   Arguments and temporaries stay under 80 GiB a chip, no cache is copied, nothing goes
   to the host."""
   pytest.importorskip("libtpu")
-  mesh = sharding.make_mesh((4, 64, 1), ahead_of_time.devices("v5p:8x8x4"))
-  network = Policy(v3_671b(remat=False, mtp_depth=0))
+  mesh = mesh_of((4, 64, 1), ahead_of_time.devices("v5p:8x8x4"))
+  network = Policy(v3_671b(remat="all", mtp_depth=0))
   boxed = jax.eval_shape(lambda: init(network, jax.random.key(0)))
   rows = sharding.batch_sharding(mesh)
   s = Sampler(group_size=16, max_tokens=31_744, pad_id=0, stop_ids=(1,), slots=4096)

@@ -6,6 +6,7 @@ import functools
 import grpo_golden as golden
 import jax
 import jax.numpy as jnp
+from meshes import mesh_of
 import numpy as np
 import optax
 import pytest
@@ -118,7 +119,7 @@ def test_an_update_is_that_of_plain_rows(case, micro_batches):
 
 
 def test_an_update_on_a_mesh_is_that_of_one_device():
-  mesh = sharding.make_mesh((2, 1, 1), jax.devices()[:2])
+  mesh = mesh_of((2, 1, 1), jax.devices()[:2])
 
   def put(tree, rows=False):
     cut = sharding.batch_sharding(mesh) if rows else sharding.replicated(mesh)

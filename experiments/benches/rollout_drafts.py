@@ -25,7 +25,7 @@ def trained(updates: int) -> tuple:
     config.pretrain.mtp_coef = 0.3
     config.pretrain.steps = updates
   console = rich.console.Console(quiet=True)
-  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  mesh = sharding.make_mesh(jax.devices()[:1])
   with (
     tempfile.TemporaryDirectory() as folder,
     jax.set_mesh(mesh),

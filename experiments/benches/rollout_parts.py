@@ -116,7 +116,7 @@ def a_device_each_core(prompts: int) -> Iterator[Callable]:
   """A mesh of one CPU device a core, as far as they divide the prompts: XLA alone keeps
   small products on one core. Yields (array tree, whether its rows are cut) -> there."""
   count = math.gcd(min(cores(), len(jax.devices())), prompts)
-  mesh = sharding.make_mesh((count, 1, 1), jax.devices()[:count])
+  mesh = sharding.make_mesh(jax.devices()[:count], fsdp=count)
 
   def put(tree, rows=False):
     cut = sharding.batch_sharding(mesh) if rows else sharding.replicated(mesh)

@@ -42,8 +42,15 @@ def tiny() -> ConfigDict:
   c.preset = "tiny"
   c.seed = 0  # of weights, corpus, problem order and sampling
   c.seeds = 1  # runs of consecutive seeds, each in its own folder, and a table
-  c.mesh = (-1, 1, 1)  # devices along fsdp, expert, tensor; -1: all that are left
+  c.mesh = ConfigDict()  # devices along each axis; -1: all that are left
+  c.mesh.data = 1  # rows, with a copy of the weights each
+  c.mesh.fsdp = -1  # rows, and weights cut along their width
+  c.mesh.expert = 1  # rows, weights likewise, and each routed expert on one part
+  c.mesh.tensor = 1  # heads and the width of FFNs; tokens between the layers
+  c.mesh.context = 1  # tokens of a row
+  c.rules = "fsdp"  # or "replicated": weights are not cut along fsdp
   c.compilation_cache = ""  # folder; "": the user's cache folder; "off": none
+  c.profile_steps = (0, 0)  # updates of RL, (first, last), to profile; (0, 0): none
 
   # -- problems
   c.task = "chain"  # the generator of problems and pages
@@ -112,6 +119,7 @@ def tiny() -> ConfigDict:
   c.grpo.minibatches = 2  # updates a rollout
   c.grpo.micro_batches = 16
   c.grpo.whole_groups = False  # a minibatch has whole groups; each prompt computed once
+  c.grpo.pack = 0  # tokens of a row that outputs share, the longest fits; 0: a row each
   c.grpo.temperature = 1.0
   c.grpo.top_k = 0  # sample from the k most likely tokens; 0: from all
   c.grpo.top_p = 1.0  # sample from the nucleus of this probability; 1: from all
@@ -136,6 +144,7 @@ def tiny() -> ConfigDict:
   c.optimizer.b2 = 0.95
   c.optimizer.weight_decay = 0.0
   c.optimizer.clip_norm = 1.0
+  c.optimizer.moments = "float32"  # or "bfloat16": half the memory of AdamW's moments
   c.reward = ConfigDict()
   c.reward.accuracy_weight = 1.0
   c.reward.format_weight = 0.5  # Differs: 1 in the paper; a base that only guesses
@@ -216,11 +225,8 @@ def puzzle(c: ConfigDict) -> None:
 def paper(c: ConfigDict) -> None:
   """R1-Zero's numbers; P2 is arXiv 2501.12948v2, V3 is arXiv 2412.19437."""
   c.preset = "paper"
-  c.mesh = (
-    1,
-    128,
-    16,
-  )  # 2,048 chips; the paper's machine is 64 nodes of 8 H800 (P2 B.4.4)
+  # 2,048 chips; the paper's machine is 64 nodes of 8 H800 (P2 B.4.4)
+  c.mesh.fsdp, c.mesh.expert, c.mesh.tensor = 1, 128, 16
   c.model.preset = "v3_671b"  # DeepSeek-V3-Base (P2 2.1)
   c.data.template = "r1_zero"  # P2 Table 1
   c.data.prompt_length = 1024  # not stated
@@ -233,6 +239,7 @@ def paper(c: ConfigDict) -> None:
   )
   c.segment_tokens = 256  # ours: a rollout takes minutes, so it runs in pieces
   c.grpo.group_size = 16  # P2 2.1
+  c.grpo.slots = 2048  # ours: of the 8,192 at once, refilled; 40 GiB of cache a chip
   c.grpo.minibatches = 16  # P2 2.1: 8,192 outputs in 16 minibatches, one inner epoch
   c.grpo.micro_batches = 4  # ours: 128 outputs a part
   c.grpo.temperature = 1.0  # P2 2.1

@@ -42,6 +42,9 @@ SIZES = {
 }
 
 
+REMAT = ("all", "dots", "attention", "nothing")
+
+
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
   """A pre-norm decoder; the letters are the README's.
@@ -86,7 +89,12 @@ class PolicyConfig:
   init_std: float | None = None  # None: 1/sqrt(fan-in)
   dtype: str = "float32"  # of activations; parameters are float32
   moe: str = "dense"  # "dense": every expert on every token; "ragged": sorted tokens
-  remat: bool = False  # recompute each layer in the backward pass
+  expert_capacity: float = 1.5  # of a round of buffers to an expert's device: its even
+  # share of the tokens times this (models/dispatch.py)
+  drop_tokens: bool = False  # what does not fit into the first round is dropped
+  # What a layer keeps for the backward pass, which computes the rest again: "all";
+  # "dots": its products with weights; "attention": attention's output; "nothing"
+  remat: str = "all"
   # Layers a turn of the loop over them: more compile longer, and on a CPU save copies.
   unroll: int = 1
   implementation: str = "auto"  # of attention and experts (implementation.py)
@@ -155,6 +163,11 @@ class PolicyConfig:
       (
         self.moe in ("dense", "ragged"),
         f"moe={self.moe!r} must be 'dense' or 'ragged'",
+      ),
+      (self.remat in REMAT, f"remat={self.remat!r} must be one of {list(REMAT)}"),
+      (
+        self.expert_capacity > 0,
+        f"expert_capacity={self.expert_capacity} must be above 0",
       ),
     ]
     for ok, rule in rules:
@@ -225,7 +238,7 @@ def v3_671b(vocab: int = 129_280, **changes) -> PolicyConfig:
     init_std=0.006,
     dtype="bfloat16",
     moe="ragged",
-    remat=True,
+    remat="nothing",
   )
   return PolicyConfig(vocab=vocab, **{**sizes, **changes})
 
@@ -250,7 +263,7 @@ def tiny_dense(vocab: int, **changes) -> PolicyConfig:
   return _dense(vocab, sizes, changes)
 
 
-LARGE = dict(head_dim=128, init_std=0.02, dtype="bfloat16", remat=True)
+LARGE = dict(head_dim=128, init_std=0.02, dtype="bfloat16", remat="nothing")
 QWEN = dict(qkv_bias=True, **LARGE)
 LLAMA = dict(rope_theta=500_000.0, llama3=Llama3(), norm_eps=1e-5, **LARGE)
 

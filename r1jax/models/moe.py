@@ -11,7 +11,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from r1jax import ops
+from r1jax.models import dispatch
 from r1jax.models.config import PolicyConfig
 from r1jax.models.layers import SwiGLU, weight
 from r1jax.models.sequence import Sequence
@@ -25,6 +25,7 @@ class Routing:
   balance: jax.Array  # seq.outputs float32, the sequence-wise balance loss of each
   # B T A int32, the router's present choice, in order of rank; not what was replayed
   experts: jax.Array
+  dropped: jax.Array  # [] float32, the share of (token, expert) pairs without service
 
 
 def choose_experts(
@@ -33,24 +34,25 @@ def choose_experts(
   """Group-limited top-k on scores + bias; gate values from the scores alone.
 
   Args:
-    scores: [M, E] float32 sigmoid affinities s.
+    scores: [..., E] float32 sigmoid affinities s.
     bias: [E] float32 selection bias b.
     config: groups, active groups and experts, renormalisation, scale.
 
   Returns:
-    (experts [M, A] int32, gates [M, A] float32): the A experts with the highest s + b
-    within the groups whose two best s + b sum highest, and g = s / sum(s) * scale.
+    (experts [..., A] int32, gates [..., A] float32): the A experts with the highest
+    s + b within the groups whose two best s + b sum highest, and
+    g = s / sum(s) * scale.
   """
   c = config
-  choice = jax.lax.stop_gradient(scores) + bias[None]
+  choice = jax.lax.stop_gradient(scores) + bias.reshape(*[1] * (scores.ndim - 1), -1)
   if c.expert_groups > 1:
-    grouped = choice.reshape(choice.shape[0], c.expert_groups, -1)
+    grouped = choice.reshape(*choice.shape[:-1], c.expert_groups, -1)
     best_two, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
     _, kept = jax.lax.top_k(best_two.sum(-1), c.active_groups)
-    keep = jax.nn.one_hot(kept, c.expert_groups, dtype=jnp.bool_).any(axis=1)
+    keep = jax.nn.one_hot(kept, c.expert_groups, dtype=jnp.bool_).any(axis=-2)
     # Differs: Hugging Face fills dropped groups with 0, which a kept expert with
     # s + b < 0 would lose to. DeepSeek's own code uses -inf.
-    choice = jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
+    choice = jnp.where(keep[..., None], grouped, -jnp.inf).reshape(choice.shape)
   _, experts = jax.lax.top_k(choice, c.active_experts)
   return experts, gate_values(scores, experts, c)
 
@@ -58,7 +60,7 @@ def choose_experts(
 def gate_values(
   scores: jax.Array, experts: jax.Array, config: PolicyConfig
 ) -> jax.Array:
-  """g = s / sum(s) * scale over the chosen experts [M, A], with the gradient of s."""
+  """g = s / sum(s) * scale over the chosen experts [..., A], with the gradient of s."""
   gates = jnp.take_along_axis(scores, experts, axis=-1)
   if config.renormalise:
     gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
@@ -122,42 +124,45 @@ class MoE(nn.Module):
     )
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
     bias = self.variable("router", "bias", lambda: zeros(None, (e,), jnp.float32)).value
-    axes_in, axes_out = ("experts", "embed", "ffn"), ("experts", "ffn", "embed")
+    axes_in = "experts", "expert_embed", "expert_ffn"
+    axes_out = "experts", "expert_ffn", "expert_embed"
     w_gate = weight(self, "w_gate", (e, d, f), axes_in, fan_in=d, std=c.init_std)
     w_up = weight(self, "w_up", (e, d, f), axes_in, fan_in=d, std=c.init_std)
     w_down = weight(
       self, "w_down", (e, f, d), axes_out, fan_in=2 * c.layers * f, std=c.init_std
     )
 
-    flat = x.reshape(-1, d)
-    scores = jax.nn.sigmoid(flat.astype(jnp.float32) @ w_router)
+    scores = jax.nn.sigmoid(x.astype(jnp.float32) @ w_router)
     own, gates = choose_experts(scores, bias, c)
     experts = own
     if replay is not None:
-      experts = replay.reshape(own.shape).astype(own.dtype)
+      experts = replay.astype(own.dtype)
       gates = gate_values(scores, experts, c)
-    chosen = jax.nn.one_hot(experts, e, dtype=jnp.float32)  # M A E
-    kept = chosen if seq is None else chosen * seq.uses.reshape(-1, 1, 1)
-    load = jax.lax.stop_gradient(kept.sum(axis=(0, 1)))
+    chosen = jax.nn.one_hot(experts, e, dtype=jnp.float32)  # B T A E
+    kept = chosen if seq is None else chosen * seq.uses[..., None, None]
+    load = jax.lax.stop_gradient(kept.sum(axis=(0, 1, 2)))
 
     weights = (w_gate, w_up, w_down)
     weights = tuple(w.astype(x.dtype) for w in weights)
     if c.moe == "dense":
-      routed = _every_expert(flat, jnp.einsum("ma,mae->me", gates, chosen), *weights)
+      of_experts = jnp.einsum("bta,btae->bte", gates, chosen).reshape(-1, e)
+      routed = _every_expert(x.reshape(-1, d), of_experts, *weights).reshape(x.shape)
+      dropped = jnp.zeros(())
     else:
-      routed = _sorted_tokens(flat, experts, gates, *weights, c.implementation)
+      routed, dropped = dispatch.routed(x, experts, gates, weights, c)
     shared = (
-      SwiGLU(c, c.shared_experts * f, name="shared")(flat) if c.shared_experts else 0.0
+      SwiGLU(c, c.shared_experts * f, name="shared")(x) if c.shared_experts else 0.0
     )
-    by_row, counted = scores.reshape(*x.shape[:2], e), jnp.ones(x.shape[:2], bool)
+    by_row, counted = scores, jnp.ones(x.shape[:2], bool)
     if seq is not None:
       by_row, counted = seq.by_output(by_row), seq.by_output(seq.segments > 0)
     routing = Routing(
       load=load,
       balance=sequence_balance(by_row, counted, c),
-      experts=own.reshape(*x.shape[:2], -1),
+      experts=own,
+      dropped=dropped,
     )
-    return (routed + shared).reshape(x.shape), routing
+    return routed + shared, routing
 
 
 def _every_expert(x, gates, w_gate, w_up, w_down):
@@ -171,22 +176,6 @@ def _every_expert(x, gates, w_gate, w_up, w_down):
   hidden = jax.nn.silu(x @ beside(w_gate)) * (x @ beside(w_up))
   hidden = hidden.reshape(-1, e, f) * gates.astype(x.dtype)[:, :, None]
   return hidden.reshape(-1, e * f) @ w_down.reshape(e * f, d)
-
-
-def _sorted_tokens(x, experts, gates, w_gate, w_up, w_down, implementation):
-  """Tokens sorted by expert, one grouped product a matrix; no token is dropped."""
-  active = experts.shape[1]
-  order = jnp.argsort(experts.reshape(-1), stable=True)
-  sizes = jnp.bincount(experts.reshape(-1), length=w_gate.shape[0]).astype(jnp.int32)
-  rows = x[order // active]
-
-  def product(rows, w):
-    return ops.grouped_matmul(rows, w, sizes, implementation=implementation)
-
-  hidden = jax.nn.silu(product(rows, w_gate)) * product(rows, w_up)
-  out = product(hidden, w_down)
-  out = out * gates.reshape(-1)[order].astype(x.dtype)[:, None]
-  return jnp.zeros_like(x).at[order // active].add(out)
 
 
 def changed(experts: jax.Array, recorded: jax.Array) -> jax.Array:
@@ -213,6 +202,7 @@ def load_imbalance(load: dict) -> jax.Array:
   return jnp.mean(layers.max(axis=-1) / jnp.maximum(layers.mean(axis=-1), 1e-6))
 
 
+@jax.named_scope("router_bias")
 def balance(router: Any, load: Any, rate: float) -> Any:
   """Aux-loss-free balancing: b <- b + rate * sign(mean load - load) (report, 2.1.2).
 

@@ -7,6 +7,7 @@ returns the cache entries of every layer, `decode` runs new tokens on such a cac
 from flax import linen as nn
 from flax import struct
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from r1jax import sharding, vocabulary
@@ -28,6 +29,7 @@ class Forward:
   # seq.outputs float32, the sequence-wise balance loss, summed over layers
   balance: jax.Array
   experts: jax.Array | None  # N B T A int32, the router's choice in the N MoE layers
+  dropped: jax.Array  # [] float32, the mean share of pairs that no expert served
   norms: jax.Array  # N B float32, of each layer's output at the last position
 
 
@@ -40,6 +42,14 @@ class Decoded:
   cache: Cache  # with the tokens' entries
   experts: jax.Array | None  # N S Q A int32, the router's choice in the N MoE layers
   norms: jax.Array  # N S float32, of each layer's output at the last token
+
+
+_keep = jax.checkpoint_policies
+REMAT_POLICIES = {
+  "dots": _keep.dots_with_no_batch_dims_saveable,
+  "attention": _keep.save_only_these_names("attention"),
+  "nothing": _keep.nothing_saveable,
+}
 
 
 class Block(nn.Module):
@@ -70,7 +80,9 @@ class Block(nn.Module):
       else:
         h, own = attention.decode(h, at, prompts, own, layer)
         entries = None
-    x = sharding.shard_batch(x + h)
+    h = checkpoint_name(h, "attention")
+    keep = sharding.shard_tokens if isinstance(at, Sequence) else sharding.shard_batch
+    x = keep(x + h)
     h = RMSNorm(c.norm_eps, name="ffn_norm")(x)
     routing = None
     with jax.named_scope("ffn"):
@@ -79,13 +91,15 @@ class Block(nn.Module):
         h, routing = MoE(c, name="moe")(h, seq, replay)
       else:
         h = SwiGLU(c, c.dense_ffn, name="ffn")(h)
-    x = sharding.shard_batch(x + h)
+    x = keep(x + h)
     norm = jnp.linalg.norm(x[:, -1].astype(jnp.float32), axis=-1)
     return (x, own), (entries, routing, norm)
 
 
 def _stack(config: PolicyConfig, moe: bool, length: int) -> nn.Module:
-  block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+  block = Block
+  if config.remat != "all":
+    block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
   return nn.scan(
     block,
     variable_axes={"params": 0, "router": 0},
@@ -170,7 +184,7 @@ class Policy(nn.Module):
       replay: [N, B, T, A] experts for the N MoE layers instead of the router's choice.
     """
     seq = seq.replace(turns=rope_turns(seq.positions, self.config))
-    carry = self._embed(tokens), None
+    carry = sharding.shard_tokens(self._embed(tokens)), None
     (trunk, _), caches, routing, norms = self._layers(carry, None, replay, seq)
     if self.is_initializing() and self.config.mtp_depth:
       self.mtp(trunk, tokens, seq)
@@ -182,6 +196,7 @@ class Policy(nn.Module):
       load={name: r.load for name, r in routing.items()},
       balance=jnp.zeros(seq.outputs) if moe is None else moe.balance.sum(axis=0),
       experts=None if moe is None else moe.experts,
+      dropped=jnp.zeros(()) if moe is None else moe.dropped.mean(),
       norms=norms,
     )
 

@@ -8,7 +8,9 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from r1jax import implementation as impl
 from r1jax import ops
+from r1jax.models import ring_attention
 
 
 @struct.dataclass
@@ -84,8 +86,8 @@ def attend(
   scale: float,
   implementation: str,
 ) -> jax.Array:
-  """Causal attention within the rows of a sequence: ops.attention, or for groups
-  ops.group_attention.
+  """Causal attention within the rows of a sequence: ops.attention, for groups
+  ops.group_attention, for rows that are cut over devices ring_attention.
 
   Args:
     q: [B, T, H, d].
@@ -98,6 +100,9 @@ def attend(
     [B, T, H, dv].
   """
   how = dict(scale=scale, implementation=implementation)
+  context = impl.parts("context")
+  if not seq.prompt and context > 1 and q.shape[1] % context == 0:
+    return ring_attention.attention(q, k, v, seq.segments, **how)
   if not seq.prompt:
     out, _ = ops.attention(q, k, v, seq.segments, seq.segments, **how)
     return out

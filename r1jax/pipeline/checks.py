@@ -131,8 +131,8 @@ def rules_of_learning(c: ConfigDict) -> list[tuple[bool, str]]:
   """(holds, what came and the rule): of SFT, reward models and RL stage 2."""
   r, stage = c.rl_2, with_changes(c, c.rl_2.changes)
   k, requests = stage.grpo.minibatches, round(stage.prompts * r.general_share)
-  shape = sharding.check_mesh(c.mesh, len(jax.devices()))
-  shards = shape[0] * shape[1]
+  sizes = sharding.check_mesh(c.mesh, len(jax.devices()))
+  shards = math.prod(sizes[axis] for axis in sharding.BATCH)
   rates = {s: c[s].learning_rate for s in TUNED} | {
     "distill": distill.with_rate(c).learning_rate
   }

@@ -150,7 +150,7 @@ def learn(
     program = program or compiled(
       this, reward_model_step, state, batch, donate=(0,), out_shardings=out
     )
-    with this.clock.phase("train"):
+    with this.clock.phase("train", event=kind, step=i + 1):
       state, figures = program(state, batch)
       figures = {k: float(v) for k, v in figures.items()}
     this.metrics.write({"phase": kind, "step": i + 1, **figures})

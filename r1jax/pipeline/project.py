@@ -64,6 +64,7 @@ class Project:
 
   def __post_init__(self):
     self._programs: dict = {}
+    self._clocks: dict[pathlib.Path, Clock] = {}
 
   @functools.cached_property
   def world(self) -> worlds.World:
@@ -119,6 +120,13 @@ class Project:
       self._programs[key] = make()
     return self._programs[key]
 
+  def clock(self, folder: pathlib.Path) -> Clock:
+    """A stage's, one for all of its runs; its events are in the folder."""
+    if folder not in self._clocks:
+      self._clocks[folder] = Clock()
+      self._clocks[folder].record(folder / "events.jsonl")
+    return self._clocks[folder]
+
   @contextlib.contextmanager
   def run(
     self,
@@ -146,7 +154,7 @@ class Project:
         config=c,
         workdir=folder,
         mesh=self.mesh,
-        clock=Clock(),
+        clock=self.clock(folder),
         progress=progress,
         metrics=MetricsFile(folder / "metrics.jsonl"),
         samples=MetricsFile(folder / "samples.jsonl"),

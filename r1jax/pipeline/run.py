@@ -25,7 +25,7 @@ def run(
   """Runs the stages that are not done, or one of them."""
   check(config)
   console = rich.console.Console()
-  project = Project(config, workdir, sharding.make_mesh(config.mesh), console)
+  project = Project(config, workdir, sharding.make_mesh(**config.mesh), console)
   stages = graph(project)
   if status:
     console.print(stages.table(workdir))

@@ -52,7 +52,7 @@ def opened(
       f"--workdir={workdir} holds a finished result; nothing was overwritten. Choose"
       " another one."
     )
-  mesh, console = sharding.make_mesh(config.mesh), rich.console.Console()
+  mesh, console = sharding.make_mesh(**config.mesh), rich.console.Console()
   project = Project(config, pathlib.Path(source).resolve(), mesh, console)
   found = graph(project).status(project.workdir)
   for stage in ("world", *needs):

@@ -18,7 +18,7 @@ def run(*args: str, cwd=None) -> subprocess.CompletedProcess:
   [
     ("--config.grpo.grup_size=8", ["'grup_size'", "Did you mean 'group_size'"]),
     ("--config.grpo.group_size=1", ["group_size=1", "at least 2"]),
-    ("--config.mesh=(2,2,1)", ["mesh=(2, 2, 1)", "devices", "(-1, 1, 1)"]),
+    ("--config.mesh.tensor=16", ["tensor=16", "devices", "fsdp=-1"]),
     ("--config.steps=121", ["steps=121", "try 122"]),
     ("--config.grpo.reference_refresh=15", ["reference_refresh=15", "multiple"]),
     ("--config.prompts=15", ["prompts=15", "multiple of"]),
@@ -34,7 +34,10 @@ def run(*args: str, cwd=None) -> subprocess.CompletedProcess:
     ("--config.model.width=0", ["width=0", "1 or more"]),
     ("--config.pretrain.steps=0", ["pretrain.steps=0", "a base"]),
     ("--config.optimizer.schedule=linear", ["'linear'", "cosine"]),
-    ("--config=experiments/configs/r1_zero.py:paper", ["mesh=(1, 128, 16)", "devices"]),
+    (
+      "--config=experiments/configs/r1_zero.py:paper",
+      ["expert=128, tensor=16", "devices"],
+    ),
   ],
 )
 def test_a_mistake_is_one_line_with_the_remedy(argument, words, tmp_path):

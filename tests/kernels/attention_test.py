@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 import numpy as np
 import pytest
 from quick import QUICK
@@ -326,7 +327,7 @@ def test_attention_is_invariant_to_the_mesh(rows, heads, kv_heads, d, dv):
   lengths = 7 + 4 * np.arange(rows)[:, None]
   pages = [(np.arange(t)[None] < lengths).astype(np.int32)] * 2
   want = everything(*arrays, *pages, implementation="xla", causal=True)
-  mesh = sharding.make_mesh((2, 2, 2))
+  mesh = mesh_of((2, 2, 2))
   batch = sharding.BATCH if rows == 4 else None
   tensor = "tensor" if kv_heads > 1 else None
   with jax.set_mesh(mesh):

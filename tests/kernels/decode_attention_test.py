@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 import numpy as np
 import pytest
 from quick import QUICK
@@ -290,7 +291,7 @@ def test_decoding_is_invariant_to_the_mesh(layout, heads, rows, cut):
   case = Case(layout, heads, (128, 128), *seen[:2], seen[2].reshape(rows, 2).tolist())
   q, prefix, suffix = arrays = case.arrays("float32")
   want = case.call(arrays, "xla")
-  mesh = sharding.make_mesh((2, 2, 2))
+  mesh = mesh_of((2, 2, 2))
   batch, keys, queries = sharding.BATCH if cut[0] else None, *cut[1:]
   with jax.set_mesh(mesh):
 

@@ -69,7 +69,7 @@ def test_rows_divide_over_the_shards(devices, ok, monkeypatch):
   size = dict(prompts=24, grpo__micro_batches=1, pretrain__micro_batches=1)
   sections = ("sft_1", "sft_3", "distill", "reward_models")
   one = {f"{name}__micro_batches": 1 for name in sections}
-  c = changed(**size, **one, pretrain__rows=48, mesh=(-1, 1, 1))
+  c = changed(**size, **one, pretrain__rows=48, mesh__fsdp=-1)
   if ok:
     checks.check(c)
     return

@@ -7,6 +7,7 @@ import random
 import types
 
 import jax
+from meshes import mesh_of
 from ml_collections import ConfigDict
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import rich.console
 from trees import assert_same, host
 
 from experiments.configs import r1
-from r1jax import optimizer, sharding
+from r1jax import optimizer
 from r1jax.data import assistant, packing, traces
 from r1jax.data.assistant import Assistant
 from r1jax.data.problem import Problem
@@ -99,7 +100,7 @@ def test_weights_come_back_bit_for_bit_and_on_the_mesh(name, random_weights, tmp
   weights = random_weights(network, seed=1)
   assert (weights[1] == {}) == (name == "dense")
   save_weights(tmp_path / "weights", weights)
-  mesh = sharding.make_mesh((2, 1, 1), jax.devices()[:2])
+  mesh = mesh_of((2, 1, 1), jax.devices()[:2])
   back = load_weights(tmp_path / "weights", network, mesh)
   assert_same(host(back), host(weights))
   for x in jax.tree.leaves(back):
@@ -109,7 +110,7 @@ def test_weights_come_back_bit_for_bit_and_on_the_mesh(name, random_weights, tmp
 
 
 def test_weights_are_known_by_what_they_hold(random_weights, tmp_path):
-  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  mesh = mesh_of((1, 1, 1), jax.devices()[:1])
   for name, seed in (("a", 1), ("b", 1), ("c", 2)):
     save_weights(tmp_path / name, random_weights(NETWORKS["dense"], seed=seed))
   a, b, c = ((tmp_path / n / "weights.json").read_bytes() for n in "abc")
@@ -120,7 +121,7 @@ def test_weights_are_known_by_what_they_hold(random_weights, tmp_path):
 
 
 def test_weights_of_another_shape_or_none_are_refused(random_weights, tmp_path):
-  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  mesh = mesh_of((1, 1, 1), jax.devices()[:1])
   save_weights(tmp_path / "weights", random_weights(NETWORKS["dense"]))
   with pytest.raises(UserError, match=f"{tmp_path}/weights cannot be read"):
     load_weights(tmp_path / "weights", NETWORKS["experts"], mesh)
@@ -137,7 +138,7 @@ def make_project(workdir, **changes):
     {"counts": dict(pretrain=200, train=40, held_out=20), **changes},
   )
   console = rich.console.Console(file=io.StringIO())
-  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  mesh = mesh_of((1, 1, 1), jax.devices()[:1])
   return Project(c, workdir, mesh, console)
 
 

@@ -1,0 +1,304 @@
+"""What a program costs: FLOPs from its jaxpr, bytes and collectives from XLA's text.
+
+XLA's own `cost_analysis` counts the body of a loop once and a Pallas kernel not at all.
+Here a loop counts as often as it turns, where that is known; one whose turns depend on
+the data (the loop that decodes) counts once, so its figures are those of a turn. So
+does the loop over rounds of an exchange (models/dispatch.py), which takes more than one
+where experts are far from balanced. Of a condition the dearest branch counts, and of a
+buffer all rows, filled or not.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+from jax.extend import core
+import numpy as np
+
+COLLECTIVES = (
+  *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
+  *("ragged-all-to-all", "collective-permute"),
+)
+
+
+# -- FLOPs -----------------------------------------------------------------------------
+
+
+def flops(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> float:
+  """Of all matrix products, two a multiplication, on all devices together."""
+  jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+  return sum(map(_of_equation, jaxpr.eqns))
+
+
+def _of_equation(eqn) -> float:
+  name, p = eqn.primitive.name, eqn.params
+  if name == "dot_general":
+    (contracted, _), _ = p["dimension_numbers"]
+    lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
+    return 2.0 * out.size * math.prod(lhs.shape[i] for i in contracted)
+  if name in ("ragged_dot", "ragged_dot_general"):
+    return _of_ragged(eqn)
+  if name == "pallas_call":
+    cost = p.get("cost_estimate")
+    return float(cost.flops) if cost is not None else 0.0
+  inner = list(_jaxprs(p))
+  if name == "scan":
+    return (1 if _is_exchange(inner[0]) else p["length"]) * flops(inner[0])
+  if name == "cond":
+    return max(map(flops, inner))
+  if name == "shard_map":
+    return p["mesh"].size * flops(inner[0])
+  return sum(map(flops, inner))
+
+
+def _is_exchange(jaxpr, in_condition: bool = False) -> bool:
+  """Whether a loop's body exchanges tokens in a condition, outside of loops in it."""
+  jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+  for eqn in jaxpr.eqns:
+    name = eqn.primitive.name
+    if in_condition and name == "all_to_all":
+      return True
+    if name not in ("scan", "while") and any(
+      _is_exchange(x, in_condition or name == "cond") for x in _jaxprs(eqn.params)
+    ):
+      return True
+  return False
+
+
+def _of_ragged(eqn) -> float:
+  """Every row meets one group's matrix, or every pair of rows one group's sum."""
+  lhs, rhs, sizes = (v.aval for v in eqn.invars[:3])
+  out = eqn.outvars[0].aval
+  groups = sizes.shape[-1]
+  if rhs.ndim == 3:
+    return 2.0 * out.size * lhs.shape[-1]
+  return 2.0 * out.size * lhs.shape[0] / groups
+
+
+def _jaxprs(params: dict):
+  for value in params.values():
+    values = value if isinstance(value, tuple | list) else (value,)
+    for x in values:
+      if isinstance(x, core.ClosedJaxpr | core.Jaxpr):
+        yield x
+
+
+# -- bytes and collectives -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """Of one device."""
+
+  hbm: float  # bytes that its operations read and write
+  sent: float  # bytes that collectives send
+  collectives: dict[str, tuple[float, float]]  # kind -> (how many, bytes sent)
+
+
+_OP = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}
+_FREE = {
+  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"),
+  *("conditional", "call", "after-all", "partition-id", "replica-id", "iota"),
+}
+
+
+def traffic(text: str) -> Traffic:
+  """Of a compiled program's text (`compiled.as_text()`)."""
+  computations, entry = _computations(text)
+  totals = collections.Counter()
+  sent = collections.Counter()
+  counts = collections.Counter()
+
+  def walk(name: str, times: float) -> None:
+    shapes = {op.name: op.shape for op in computations[name]}
+    for op in computations[name]:
+      kind = op.kind.removesuffix("-start")
+      if op.kind == "while":
+        exchange = _exchanges(computations, op.called["body"])
+        turns = 1 if exchange else _turns(computations, op.called["condition"])
+        walk(op.called["body"], times * turns)
+      elif op.kind in ("call", "conditional", "async-start"):
+        for called in op.called_too:
+          walk(called, times)
+      elif kind in COLLECTIVES:
+        size = _bytes(op.shape) / (2 if op.kind.endswith("-start") else 1)
+        counts[kind] += times
+        sent[kind] += times * _sent(kind, size, op.group)
+      if op.kind not in _FREE and not op.kind.endswith("-done"):
+        totals["hbm"] += times * _moved(op, shapes, computations)
+
+  walk(entry, 1.0)
+  kinds = {kind: (counts[kind], sent[kind]) for kind in sorted(counts)}
+  return Traffic(totals["hbm"], sum(sent.values()), kinds)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Op:
+  name: str
+  shape: str
+  kind: str
+  operands: list[str]
+  called: dict[str, str]
+  called_too: list[str]  # branches of a condition, what is called or fused
+  group: int
+  rest: str
+
+
+def _computations(text: str) -> tuple[dict[str, list[_Op]], str]:
+  found, entry, current = {}, "", None
+  for line in text.splitlines():
+    head = re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
+    if head and " = " not in line.split("(")[0]:
+      current = found.setdefault(head[2], [])
+      entry = head[2] if head[1] else entry
+    elif line.startswith("}"):
+      current = None
+    elif current is not None and (match := _OP.match(line)):
+      current.append(_op(match))
+  return found, entry
+
+
+def _op(match: re.Match) -> _Op:
+  _, name, shape, kind, rest = match.groups()
+  arguments = rest.split(")", 1)[0]
+  called = dict(re.findall(r"(body|condition)=%?([\w.\-]+)", rest))
+  branches = re.findall(r"(?:to_apply|called_computation|calls)=%?([\w.\-]+)", rest)
+  for group in re.findall(r"branch_computations=\{([^}]*)\}", rest):
+    branches += re.findall(r"%?([\w.\-]+)", group)
+  branches += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", rest)
+  return _Op(
+    name=name,
+    shape=shape,
+    kind=kind,
+    operands=re.findall(r"%([\w.\-]+)", arguments),
+    called=called,
+    called_too=branches,
+    group=_group(rest),
+    rest=rest,
+  )
+
+
+def _group(rest: str) -> int:
+  """Devices that take part together."""
+  if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+    return int(iota[2])
+  if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+    return max(len(listed[1].split(",")), 1)
+  return 2 if "source_target_pairs" in rest else 1
+
+
+def _exchanges(computations: dict, body: str, in_condition: bool = False) -> bool:
+  """As `_is_exchange`."""
+  for op in computations[body]:
+    if in_condition and op.kind.startswith("all-to-all"):
+      return True
+    if op.kind in ("conditional", "call", "fusion", "async-start") and any(
+      _exchanges(computations, x, in_condition or op.kind == "conditional")
+      for x in op.called_too
+      if x in computations
+    ):
+      return True
+  return False
+
+
+_SLICES = ("dynamic-slice", "gather", "slice")
+_WRITES = ("dynamic-update-slice", "scatter")
+
+
+def _moved(op: _Op, shapes: dict, computations: dict) -> float:
+  """Bytes of its operands and results. Of an array that is sliced, or written in part
+  where it lies, that part; of a kernel what it says of itself."""
+  said = re.search(r'"bytes_accessed":"(\d+)"', op.rest)
+  if op.kind == "custom-call" and said:
+    return float(said[1])
+  sizes = [_bytes(shapes.get(x, "")) for x in op.operands]
+  result = _bytes(op.shape)
+  if op.kind in _SLICES:
+    return 2 * result + sum(sizes[1:])
+  if op.kind in _WRITES:
+    return 2 * sum(sizes[1:])
+  inner = [x for x in op.called_too if x in computations]
+  if op.kind != "fusion" or not inner:
+    return result + sum(sizes)
+  body = computations[inner[0]]
+  users = collections.defaultdict(list)
+  for user in body:
+    for at, x in enumerate(user.operands):
+      users[x].append((user, at))
+  inside = {x.name: x.shape for x in body}
+  for x in body:
+    if x.kind != "parameter":
+      continue
+    number = int(x.rest.split(")")[0])
+    if number < len(sizes) and users[x.name]:
+      sizes[number] = min(sizes[number], _read(x, users[x.name], inside))
+  written = [x for x in body if x.kind in _WRITES and _bytes(x.shape) == result]
+  if written:
+    result = sum(_bytes(inside.get(y, "")) for x in written for y in x.operands[1:])
+  return result + sum(sizes)
+
+
+def _read(parameter: _Op, users: list, shapes: dict) -> float:
+  """Bytes of a fusion's parameter that its users read."""
+  total = 0.0
+  for user, at in users:
+    if at == 0 and user.kind in _SLICES:
+      total += _bytes(user.shape)
+    elif at == 0 and user.kind in _WRITES:
+      total += sum(_bytes(shapes.get(x, "")) for x in user.operands[1:])
+    else:
+      return _bytes(parameter.shape)
+  return total
+
+
+def _turns(computations: dict, condition: str) -> float:
+  """The constant that a loop counts to; 1 where there is none."""
+  constants = [
+    int(value[1])
+    for op in computations.get(condition, ())
+    if op.kind == "constant" and re.match(r"[su]32\[\]", op.shape)
+    if (value := re.match(r"(\d+)\)", op.rest))
+  ]
+  # A condition that joins several depends on the data too.
+  joined = any(op.kind == "and" for op in computations.get(condition, ()))
+  return 1.0 if joined or not constants else float(max(constants))
+
+
+def _bytes(shape: str) -> float:
+  total = 0.0
+  for dtype, sizes in _SHAPE.findall(shape):
+    bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype[:3]) or 0)
+    if dtype.startswith("f8"):
+      bits = 8
+    total += math.prod(int(s) for s in sizes.split(",") if s) * bits / 8
+  return total
+
+
+def _sent(kind: str, size: float, group: int) -> float:
+  """Bytes that a device sends, by a ring where there is one. size: the result's."""
+  share = (group - 1) / group if group else 0.0
+  if kind == "all-reduce":
+    return 2 * size * share
+  if kind == "reduce-scatter":
+    return size * (group - 1)
+  return size if kind == "collective-permute" else size * share
+
+
+# -- arrays ----------------------------------------------------------------------------
+
+
+def bytes_a_device(tree: Any) -> int:
+  """Of arrays or ShapeDtypeStructs with shardings."""
+
+  def one(x):
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return int(np.prod(shape)) * 8
+    return int(np.prod(shape)) * x.dtype.itemsize
+
+  return sum(map(one, jax.tree.leaves(tree)))

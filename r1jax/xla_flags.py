@@ -1,0 +1,77 @@
+"""Presets of compiler flags by name: R1JAX_XLA_FLAGS=name.
+
+A flag that the compiler does not know ends the process, so tests/pods_test.py looks for
+each of them in the installed jaxlib and libtpu. Whether one pays has to be measured:
+profile a few steps with and without it (config.profile_steps).
+
+Sources: AI-Hypercomputer/maxtext, benchmarks/xla_flags_library.py, for TPUs;
+docs.jax.dev/en/latest/gpu_performance_tips.html and
+docs.nvidia.com/jax-toolbox, "Tips for High-Performance LLMs", for GPUs.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from r1jax.errors import UserError
+
+
+class Flags(NamedTuple):
+  xla: tuple[str, ...] = ()  # XLA_FLAGS: GPUs and the CPU
+  libtpu: tuple[str, ...] = ()  # LIBTPU_INIT_ARGS
+
+
+# MaxText's CF_FOR_ALL_GATHER: matrix products go on while weights are gathered.
+_GATHER = (
+  "--xla_tpu_enable_async_collective_fusion=true",
+  "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+  "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+  "--xla_tpu_overlap_compute_collective_tc=true",
+  "--xla_enable_async_all_gather=true",
+)
+# MaxText's DATA_PARALLEL_OVERLAP: all-reduces between slices overlap with the step.
+_SLICES = (
+  "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
+  "--xla_tpu_data_parallel_opt_different_sized_ops=true",
+)
+
+PRESETS = {
+  "none": Flags(),
+  # MaxText's limits of VMEM for an operation: the rest prefetches the next one's.
+  "tpu-dense": Flags(libtpu=(*_GATHER, "--xla_tpu_scoped_vmem_limit_kib=98304")),
+  "tpu-moe": Flags(libtpu=(*_GATHER, "--xla_tpu_scoped_vmem_limit_kib=81920")),
+  "tpu-moe-slices": Flags(
+    libtpu=(*_GATHER, *_SLICES, "--xla_tpu_scoped_vmem_limit_kib=81920")
+  ),
+  "gpu": Flags(xla=("--xla_gpu_enable_latency_hiding_scheduler=true",)),
+  # The same numbers on every run, more slowly.
+  "gpu-deterministic": Flags(
+    xla=(
+      "--xla_gpu_deterministic_ops=true",
+      "--xla_gpu_exclude_nondeterministic_ops=true",
+    )
+  ),
+}
+
+
+def variables(environ: Mapping[str, str]) -> dict[str, str]:
+  """What to set before a JAX backend starts; flags that are set already win.
+
+  Args:
+    environ: R1JAX_XLA_FLAGS, XLA_FLAGS and LIBTPU_INIT_ARGS of it are read.
+
+  Raises:
+    UserError: no such preset.
+  """
+  name = environ.get("R1JAX_XLA_FLAGS", "none")
+  if name not in PRESETS:
+    raise UserError(
+      f"R1JAX_XLA_FLAGS={name!r} is not one of {', '.join(PRESETS)}"
+      " (r1jax/xla_flags.py). Flags of your own go into XLA_FLAGS, or LIBTPU_INIT_ARGS"
+      " for a TPU."
+    )
+  found = {"XLA_FLAGS": PRESETS[name].xla, "LIBTPU_INIT_ARGS": PRESETS[name].libtpu}
+  return {
+    key: " ".join([*flags, environ.get(key, "")]).strip()
+    for key, flags in found.items()
+    if flags
+  }

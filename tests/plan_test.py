@@ -1,0 +1,189 @@
+"""The plan's figures against a program that runs, against counts by hand, and what it
+refuses."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.configs.r1_zero import get_config
+from r1jax import plan, program_cost, sharding
+from r1jax.errors import UserError
+
+SMALL = dict(
+  model=dict(layers=2, moe="ragged", expert_capacity=1.0),
+  grpo=dict(group_size=4, micro_batches=1, minibatches=1),
+  data=dict(prompt_length=16),
+)
+
+
+def small(**mesh):
+  config = get_config()
+  with config.unlocked():
+    config.mesh.update(fsdp=1, **mesh)
+    for section, values in SMALL.items():
+      config[section].update(values)
+    config.windows = ((0, 32),)
+    config.prompts, config.grpo.reference_refresh = 8, 40
+  return config
+
+
+@functools.cache
+def planned():
+  config = small(expert=2, tensor=2)
+  return config, plan.plan(config, "cpu:4")
+
+
+def test_bytes_are_those_of_a_state_that_exists():
+  """Parameters, moments and reference on one device, made and counted."""
+  config, found = planned()
+  mesh = sharding.make_mesh(jax.devices()[:4], **config.mesh)
+  sizes = plan.sizes_of(config)
+  with jax.set_mesh(mesh):
+    _, layouts, optimizer = plan._state(config, sizes.policy, mesh)
+    make = functools.partial(
+      plan.train_state.create, sizes.policy, optimizer, reference=True
+    )
+    state = jax.jit(make, out_shardings=layouts)(jax.random.key(0))
+
+  def held(tree):
+    first = jax.devices()[0]
+    shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
+    return sum(s.data.nbytes for s in shards if s.device == first)
+
+  of = found["bytes"]
+  assert of["parameters"] == held((state.params, state.router))
+  assert of["optimizer"] == held(state.opt_state)
+  assert of["reference"] == held(state.reference)
+  arguments = found["programs"]["update"]["arguments"]
+  rows = 32 // 2  # of 8 x 4 outputs, cut in two
+  tokens = 4 * 3 * 32 + 4 * 32 + 4 * 32 + 32 + 4 * 16 + 16 + 4 * 1 + 2 + 48 * 2
+  assert arguments == pytest.approx(held(state) + rows * tokens, rel=0.05)
+
+
+def test_flops_of_an_update_are_those_of_a_hand_count():
+  """Products of a forward pass, twice as many backwards; attention over whole rows."""
+  config, found = planned()
+  c = plan.sizes_of(config).policy.config
+  row = 16 + 32
+  d, h, q, kv, r = c.width, c.heads, c.q_latent, c.kv_latent, c.rope_dim
+  qk = c.nope_dim + r
+  projections = d * q + q * h * qk + d * (kv + r)
+  projections += kv * h * (c.nope_dim + c.v_dim) + h * c.v_dim * d
+  attention = h * row * (qk + c.v_dim)
+  dense = 3 * d * c.dense_ffn
+  routed = 3 * d * c.expert_ffn * c.active_experts
+  experts = d * c.experts + 3 * d * c.expert_ffn + routed
+  token = 2 * projections + 2 * attention + dense + experts
+  count = 32  # outputs
+  forward = 2 * (count * row * token + count * 32 * d * c.vocab)
+  again = 2 * count * row * routed  # the backward pass computes a round again
+  got = found["programs"]["update"]["flops"] * found["chips"]
+  assert got == pytest.approx(3 * forward + again, rel=0.05)
+
+
+def test_a_turn_of_decoding_and_the_rollouts_turns():
+  config, found = planned()
+  assert found["decode_turns"] == 32  # all outputs at once, the whole window
+  of = found["bytes"]
+  c = plan.sizes_of(config).policy.config
+  entry = c.cache.width + c.kv_latent  # keys and values by themselves, on a CPU
+  entries = (8 * 16 + 32 * 32) * c.layers * entry * 4
+  assert of["cache"] == pytest.approx(entries / 2, rel=0.05)  # rows are cut in two
+  assert found["fits"] and found["free_hbm_fraction"] > 0.9
+  assert set(found["programs"]) == {"prefill", "decode", "update"}
+  update = found["programs"]["update"]
+  assert update["collectives"]["all-to-all"][1] > 0
+  json.dumps(found)
+
+
+# -- counting --------------------------------------------------------------------------
+
+
+def test_a_loops_products_count_as_often_as_it_turns():
+  w = jnp.ones((8, 8))
+
+  def f(x):
+    x, _ = jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=5)
+    return jax.lax.while_loop(lambda x: x.sum() < 9.0, lambda x: x @ w, x)
+
+  jaxpr = jax.make_jaxpr(f)(jnp.ones((4, 8)))
+  assert program_cost.flops(jaxpr) == (5 + 1) * 2 * 4 * 8 * 8
+
+
+def test_gradients_of_grouped_products_count_once():
+  sizes = jnp.asarray([3, 5], jnp.int32)
+
+  def f(x, w):
+    return jax.lax.ragged_dot(x, w, sizes).sum()
+
+  args = jnp.ones((8, 4)), jnp.ones((2, 4, 6))
+  jaxpr = jax.make_jaxpr(jax.grad(f, (0, 1)))(*args)
+  assert program_cost.flops(jaxpr) == pytest.approx(3 * 2 * 8 * 4 * 6, rel=0.01)
+
+
+def test_traffic_counts_loops_and_collectives():
+  mesh = sharding.make_mesh(jax.devices()[:4], fsdp=4)
+  cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+
+  def local(x):
+    def turn(x, _):
+      return jax.lax.psum(x, "fsdp") * 0.5, None
+
+    return jax.lax.scan(turn, x, None, length=7)[0]
+
+  def f(x):
+    spec = cut.spec
+    return jax.shard_map(
+      local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )(x)
+
+  x = jax.ShapeDtypeStruct((4 * 1024,), np.float32, sharding=cut)
+  traffic = program_cost.traffic(jax.jit(f).lower(x).compile().as_text())
+  number, sent = traffic.collectives["all-reduce"]
+  assert number == 7
+  assert sent == 7 * 2 * 4096 * 3 / 4
+  assert traffic.sent == sent
+  assert traffic.hbm >= 7 * 2 * 4096
+
+
+# -- what it refuses -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "topology, mesh, words",
+  [
+    ("v9z:2x2x1", {}, ["v9z", "v5p", "h200"]),
+    ("v5p:3x9x1", {}, ["v5p:3x9x1", "cannot be compiled for"]),
+    ("cpu:99", {}, ["cpu:99", "JAX_NUM_CPU_DEVICES"]),
+    ("cpu:4", dict(tensor=3), ["tensor=3", "4 devices"]),
+    ("cpu:4", dict(context=4, prompt=15), ["context=4", "48"]),
+  ],
+)
+def test_a_mistake_is_said_with_a_remedy(topology, mesh, words):
+  if topology.startswith("v5p"):
+    pytest.importorskip("libtpu")
+  prompt = mesh.pop("prompt", 16) if mesh else 16
+  config = small(**mesh)
+  with config.unlocked():
+    config.data.prompt_length = prompt
+  with pytest.raises(UserError) as error:
+    plan.plan(config, topology)
+  for word in words:
+    assert word in str(error.value)
+
+
+def test_the_command_says_so_in_one_line():
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.plan", "--topology=moon"],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  errors = [x for x in done.stderr.splitlines() if x.startswith("error:")]
+  assert len(errors) == 1 and "'moon' is no chip" in errors[0]
