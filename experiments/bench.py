@@ -8,6 +8,7 @@
   python -m experiments.bench kernels               # for a TPU or on a GPU
   python -m experiments.bench rollout               # against transformers, and itself
   python -m experiments.bench packing               # updates of packed outputs
+  python -m experiments.bench scaling               # costs as sizes grow, and FLOPs
 
 A stopped benchmark of algorithms goes on where it was. Exit codes: 0 done, 2 a mistake
 in the command, 130 stopped by Ctrl-C, 1 anything else.
@@ -17,7 +18,7 @@ import argparse
 import json
 import sys
 
-from experiments.benches import algorithms, kernels, packing, rewards, rollout
+from experiments.benches import algorithms, kernels, packing, rewards, rollout, scaling
 from r1jax.errors import UserError
 
 BENCHES = {
@@ -26,6 +27,7 @@ BENCHES = {
   "rewards": rewards,
   "packing": packing,
   "rollout": rollout,
+  "scaling": scaling,
 }
 
 

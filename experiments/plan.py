@@ -5,10 +5,14 @@
   python -m experiments.plan --topology=cpu:8 --config.mesh.expert=2
   python -m experiments.plan --topology=cpu:8 --chip=h200 --json
 
---topology is a TPU slice, h100 (one), or cpu:N; --chip holds it against another chip's
-limits. Prefill, a turn of decoding and an update are compiled for it, without a device
-(pip install -e ".[tpu]" for a TPU's compiler; Linux). Nothing runs. Exit codes: 0 it
-fits, 2 it does not or a mistake in the command.
+  python -m experiments.plan --config=experiments/configs/r1_zero.py:paper \
+      --smallest=v5p --config.optimizer.moments=bfloat16
+
+--smallest looks for the smallest slice of v5p, v5e or v6e that holds the step with a
+tenth of its memory to spare. --topology is a TPU slice, h100 (one), or cpu:N; --chip
+holds it against another chip's limits. Prefill, a turn of decoding and an update are
+compiled for it, without a device (pip install -e ".[tpu]" for a TPU's compiler; Linux).
+Nothing runs. Exit codes: 0 it fits, 2 it does not or a mistake in the command.
 """
 
 import json
@@ -26,6 +30,7 @@ from experiments import command
 CONFIG = pathlib.Path(__file__).parent / "configs" / "r1_zero.py"
 flags.DEFINE_string("topology", "v5p:2x2x1", "TPU slice, h100, or cpu:N")
 flags.DEFINE_string("chip", "", "whose limits; default: the topology's")
+flags.DEFINE_string("smallest", "", "of v5p, v5e or v6e, which slice holds the step")
 flags.DEFINE_integer("mean_tokens", 0, "of an output; 0: the whole window")
 flags.DEFINE_bool("json", False, "one JSON object, in the last line")
 
@@ -35,24 +40,45 @@ def main(config: ConfigDict, workdir: str) -> None:
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   import jax
 
-  from r1jax import plan
+  from r1jax import plan, plan_search
 
   kind, _, count = options.topology.partition(":")
   if kind == "cpu" and count.isdigit() and int(count):
     jax.config.update("jax_num_cpu_devices", int(count))
   console = rich.console.Console(stderr=True)
   with console.status("compiling") as status:
-    found = plan.plan(
-      config,
-      options.topology,
-      chip=options.chip,
-      mean_tokens=options.mean_tokens,
-      say=lambda name: status.update(f"compiling {name}"),
-    )
-  show(rich.console.Console(), found)
+
+    def say(name: str) -> None:
+      status.update(f"compiling {name}")
+
+    if options.smallest:
+      tried = plan_search.smallest(config, options.smallest, say=say)
+      found = tried[-1]
+    else:
+      how = dict(chip=options.chip, mean_tokens=options.mean_tokens, say=say)
+      found = plan.plan(config, options.topology, **how)
+  out = rich.console.Console()
+  if options.smallest:
+    show_tried(out, tried)
+  show(out, found)
   if options.json:
     print(json.dumps(found))
   sys.exit(0 if found["fits"] else 2)
+
+
+def short(x: float) -> str:
+  """Three digits, or all before the point."""
+  return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+
+
+def show_tried(console: rich.console.Console, tried: list[dict]) -> None:
+  """What the search saw, slice by slice."""
+  table = rich.table.Table("slice", "chips", "mesh", "fits", "why")
+  for entry in tried:
+    mesh = " x ".join(f"{axis} {n}" for axis, n in entry["mesh"].items() if n > 1)
+    fits = "yes" if entry["fits"] else "no"
+    table.add_row(entry["topology"], f"{entry['chips']:,}", mesh, fits, entry["why"])
+  console.print(table)
 
 
 def show(console: rich.console.Console, f: dict) -> None:
@@ -76,19 +102,19 @@ def show(console: rich.console.Console, f: dict) -> None:
   table = rich.table.Table(*columns, "compile CPU s")
   for name, p in f["programs"].items():
     row = [p["flops"] / 1e12, p["hbm"] / 1e9, p["sent"] / 1e9, *p["seconds"].values()]
-    cells = [f"{x:.3g}" for x in row]
+    cells = [short(x) for x in row]
     table.add_row(name, *cells, f"{p['compile_cpu_seconds']:.0f}")
   console.print(table)
   table = rich.table.Table("collectives", "program", "number", "GB sent")
   for name, p in f["programs"].items():
     for kind, (number, sent) in p["collectives"].items():
-      table.add_row(kind, name, f"{number:,.0f}", f"{sent / 1e9:.4g}")
+      table.add_row(kind, name, f"{number:,.0f}", short(sent / 1e9))
   console.print(table)
   s = f["step_seconds"]
   console.print(
-    f"A step at the roofline: {s['total']:,.3g} s = prefill {s['prefill']:,.3g} +"
-    f" {f['decode_turns']:,.0f} turns of decoding {s['decode']:,.3g} + updates"
-    f" {s['update']:,.3g}. Bound by {f['bottleneck']}.",
+    f"A step at the roofline: {short(s['total'])} s = prefill {short(s['prefill'])} +"
+    f" {f['decode_turns']:,.0f} turns of decoding {short(s['decode'])} + updates"
+    f" {short(s['update'])}. Bound by {f['bottleneck']}.",
     highlight=False,
   )
   free = f["free_hbm_fraction"]

@@ -78,7 +78,7 @@ def share_folder(folder: pathlib.Path, seconds: float = 30.0) -> None:
       time.sleep(0.2)
   all_seen = multihost_utils.process_allgather(np.array(seen)).ravel()
   if first:
-    mark.unlink()
+    mark.unlink(missing_ok=True)
   if not all_seen.all():
     blind = ", ".join(map(str, np.flatnonzero(~all_seen)[:8]))
     raise UserError(

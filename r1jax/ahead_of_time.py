@@ -43,8 +43,8 @@ def devices(topology: str) -> list[jax.Device]:
     here = jax.devices("cpu")
     if not count.isdigit() or not 0 < int(count) <= len(here):
       raise UserError(
-        f"topology={topology!r}: this process has {len(here)} CPU devices; name it as"
-        " in cpu:8, with JAX_NUM_CPU_DEVICES=8 in front."
+        f"topology={topology!r} must be cpu:N with N from 1 to the {len(here)} CPU"
+        " devices of this process (JAX_NUM_CPU_DEVICES=N in front)."
       )
     return here[: int(count)]
   try:

@@ -13,11 +13,13 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import math
 import pathlib
 import resource
 import tempfile
 import time
 
+from flax import linen as nn
 import jax
 from ml_collections import ConfigDict
 import numpy as np
@@ -35,6 +37,7 @@ from r1jax import (
   train_state,
 )
 from r1jax.errors import UserError
+from r1jax.models import policy as policy_lib
 from r1jax.models.config import PRESETS
 from r1jax.models.policy import Policy
 from r1jax.optimizer import make_optimizer
@@ -157,8 +160,19 @@ def plan(
   """
   limits = chip_of(topology, chip)
   devices = ahead_of_time.devices(topology)
+  settings.check(config, len(devices))
   mesh = sharding.make_mesh(devices, **config.mesh)
   sizes = sizes_of(config)
+  if not 0 <= mean_tokens <= sizes.window:
+    raise UserError(
+      f"--mean_tokens={mean_tokens} must lie in 0..{sizes.window}, the output window"
+      " (config.windows); 0 is the window."
+    )
+  if config.grpo.pack:
+    raise UserError(
+      f"config.grpo.pack={config.grpo.pack}: how many packed rows there are depends on"
+      " the outputs, so the plan is of grpo.pack=0, which costs more."
+    )
   c = settings.step_config(config, sizes.window)
   sharding.check_length(mesh, sizes.prompt + sizes.window, "rows of prompt and output")
   platform = {"cpu": "cpu", "h100": "cuda"}.get(topology.partition(":")[0], "tpu")
@@ -215,7 +229,7 @@ def _figures(config, c, sizes, mesh, programs, kinds, chip, mean_tokens) -> dict
     "outputs": outputs,
     "prompt_tokens": sizes.prompt,
     "window_tokens": sizes.window,
-    "parameters": sum(x.size for x in jax.tree.leaves(_shapes(sizes.policy))),
+    "parameters": parameters(sizes.policy),
     "bytes": kinds | {"activations": programs["update"].temporaries},
     "peak_bytes": held,
     "memory_bytes": chip.memory,
@@ -251,16 +265,11 @@ REMEDIES = {
 # -- the programs ----------------------------------------------------------------------
 
 
-def _shapes(policy):
-  return jax.eval_shape(
-    lambda: train_state.create(policy, _NoOptimizer, jax.random.key(0), reference=False)
-  ).params
-
-
-class _NoOptimizer:
-  @staticmethod
-  def init(params):
-    return ()
+@functools.cache
+def parameters(policy: Policy) -> int:
+  """How many a policy has."""
+  shapes = jax.eval_shape(lambda: policy_lib.init(policy, jax.random.key(0)))
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(nn.unbox(shapes[0])))
 
 
 def _spec(x, layout):

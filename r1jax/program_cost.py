@@ -100,6 +100,8 @@ class Traffic:
 
 _OP = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_SHAPE_TEXT = re.compile(r"\w+\[[\d,]*\]")
+_ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\(1\)[^}]*\}")  # not in HBM
 _BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}
 _FREE = {
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"),
@@ -110,31 +112,54 @@ _FREE = {
 def traffic(text: str) -> Traffic:
   """Of a compiled program's text (`compiled.as_text()`)."""
   computations, entry = _computations(text)
-  totals = collections.Counter()
-  sent = collections.Counter()
-  counts = collections.Counter()
+  devices = re.search(r"num_partitions=(\d+)", text)
+  devices = int(devices[1]) if devices else 1
 
-  def walk(name: str, times: float) -> None:
+  def walk(name: str) -> collections.Counter:
+    """("hbm" or a kind of collective, "number" or "bytes") -> of one call."""
+    totals = collections.Counter()
+
+    def add(found, times=1.0):
+      for key, value in found.items():
+        totals[key] += times * value
+
     shapes = {op.name: op.shape for op in computations[name]}
     for op in computations[name]:
       kind = op.kind.removesuffix("-start")
       if op.kind == "while":
         exchange = _exchanges(computations, op.called["body"])
         turns = 1 if exchange else _turns(computations, op.called["condition"])
-        walk(op.called["body"], times * turns)
-      elif op.kind in ("call", "conditional", "async-start"):
+        add(walk(op.called["body"]), turns)
+      elif op.kind == "conditional":
+        add(max(map(walk, op.called_too), key=lambda x: x["hbm", "bytes"]))
+      elif op.kind in ("call", "call-start", "async-start"):
         for called in op.called_too:
-          walk(called, times)
+          add(walk(called))
       elif kind in COLLECTIVES:
-        size = _bytes(op.shape) / (2 if op.kind.endswith("-start") else 1)
-        counts[kind] += times
-        sent[kind] += times * _sent(kind, size, op.group)
+        size = _bytes(op.shape)
+        if op.kind in ("all-gather-start", "collective-permute-start"):
+          size = max(map(_bytes, _SHAPE_TEXT.findall(op.shape)))
+        add({(kind, "number"): 1, (kind, "bytes"): _sent(kind, size, op, devices)})
+      elif op.kind == "fusion":
+        # A reduce-scatter of a TPU is a fusion around an all-reduce.
+        for x in op.called_too:
+          for inner in computations.get(x, ()):
+            if inner.kind in COLLECTIVES:
+              kind = "reduce-scatter" if inner.kind == "all-reduce" else inner.kind
+              sent = _sent(kind, _bytes(op.shape), inner, devices)
+              add({(kind, "number"): 1, (kind, "bytes"): sent})
       if op.kind not in _FREE and not op.kind.endswith("-done"):
-        totals["hbm"] += times * _moved(op, shapes, computations)
+        add({("hbm", "bytes"): _moved(op, shapes, computations)})
+    return totals
 
-  walk(entry, 1.0)
-  kinds = {kind: (counts[kind], sent[kind]) for kind in sorted(counts)}
-  return Traffic(totals["hbm"], sum(sent.values()), kinds)
+  found = walk(entry)
+  kinds = {
+    kind: (found[kind, "number"], found[kind, "bytes"])
+    for kind in COLLECTIVES
+    if found[kind, "number"]
+  }
+  sent = sum(size for _, size in kinds.values())
+  return Traffic(found["hbm", "bytes"], sent, kinds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +170,6 @@ class _Op:
   operands: list[str]
   called: dict[str, str]
   called_too: list[str]  # branches of a condition, what is called or fused
-  group: int
   rest: str
 
 
@@ -178,18 +202,25 @@ def _op(match: re.Match) -> _Op:
     operands=re.findall(r"%([\w.\-]+)", arguments),
     called=called,
     called_too=branches,
-    group=_group(rest),
     rest=rest,
   )
 
 
-def _group(rest: str) -> int:
-  """Devices that take part together."""
+def _group(rest: str, devices: int) -> int:
+  """Devices that take part together, as any of the forms that XLA writes says."""
+  if "source_target_pairs" in rest:
+    return 2
   if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
     return int(iota[2])
   if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
     return max(len(listed[1].split(",")), 1)
-  return 2 if "source_target_pairs" in rest else 1
+  if axes := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
+    parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", axes[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in parts)
+  if "replica_groups={}" in rest:
+    return devices
+  raise ValueError(f"replica groups of an unknown form: {rest[:200]}")
 
 
 def _exchanges(computations: dict, body: str, in_condition: bool = False) -> bool:
@@ -216,8 +247,10 @@ def _moved(op: _Op, shapes: dict, computations: dict) -> float:
   said = re.search(r'"bytes_accessed":"(\d+)"', op.rest)
   if op.kind == "custom-call" and said:
     return float(said[1])
-  sizes = [_bytes(shapes.get(x, "")) for x in op.operands]
-  result = _bytes(op.shape)
+  sizes = [_hbm(shapes.get(x, "")) for x in op.operands]
+  result = _hbm(op.shape)
+  if op.kind.endswith("-start"):  # its shape holds the operand, and more, again
+    return max(map(_bytes, _SHAPE_TEXT.findall(op.shape)), default=0.0)
   if op.kind in _SLICES:
     return 2 * result + sum(sizes[1:])
   if op.kind in _WRITES:
@@ -241,6 +274,11 @@ def _moved(op: _Op, shapes: dict, computations: dict) -> float:
   if written:
     result = sum(_bytes(inside.get(y, "")) for x in written for y in x.operands[1:])
   return result + sum(sizes)
+
+
+def _hbm(shape: str) -> float:
+  """As `_bytes`, of what is not in a TPU's own memory."""
+  return _bytes(_ON_CHIP.sub("", shape))
 
 
 def _read(parameter: _Op, users: list, shapes: dict) -> float:
@@ -279,9 +317,10 @@ def _bytes(shape: str) -> float:
   return total
 
 
-def _sent(kind: str, size: float, group: int) -> float:
+def _sent(kind: str, size: float, op: _Op, devices: int) -> float:
   """Bytes that a device sends, by a ring where there is one. size: the result's."""
-  share = (group - 1) / group if group else 0.0
+  group = _group(op.rest, devices)
+  share = (group - 1) / group
   if kind == "all-reduce":
     return 2 * size * share
   if kind == "reduce-scatter":

@@ -165,7 +165,8 @@ def prepare(
   windows = settings.windows(c, 1 + longest([page for _, page in pages]))
   for _, tokens in windows:
     settings.step_config(c, tokens).check_pack(length)
-    sharding.check_length(mesh, length + tokens, "rows of prompt and output")
+    row = f"rows of data.prompt_length {length} + config.windows {tokens}"
+    sharding.check_length(mesh, c.grpo.pack or length + tokens, row)
   page = 2 + longest(texts)  # BOS and EOS
   if c.pretrain.steps:
     sharding.check_length(mesh, c.pretrain.width or page, "pages (pretrain.width)")

@@ -257,6 +257,11 @@ def check(config: ConfigDict, devices: int) -> None:
       f" multiple of {parts * shards}",
     ),
     (
+      not g.whole_groups or mesh["context"] == 1,
+      f"grpo.whole_groups=True with mesh.context={mesh['context']}: rows of whole"
+      " groups are not cut along their tokens; set one of them to False or 1",
+    ),
+    (
       c.pretrain.steps == 0 or c.pretrain.rows % (micro * shards) == 0,
       f"pretrain.rows={c.pretrain.rows} is not divisible by"
       f" pretrain.micro_batches={micro} x {shards} data shards; try"

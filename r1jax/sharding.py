@@ -95,10 +95,33 @@ def make_mesh(devices: list | None = None, /, **sizes: int) -> Mesh:
   devices = jax.devices() if devices is None else devices
   shape = tuple(check_mesh(sizes, len(devices)).values())
   # Axes may be cut across the physical ones of a TPU's torus.
-  grid = mesh_utils.create_device_mesh(
-    shape, devices=devices, allow_split_physical_axes=True
-  )
+  how = dict(devices=devices, allow_split_physical_axes=True)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    grid = mesh_utils.create_device_mesh(shape, **how)
+  else:
+    within, across = _over_slices(dict(zip(AXES, shape, strict=True)), slices)
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, **how)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _over_slices(sizes: Mapping[str, int], slices: int) -> tuple[tuple, tuple]:
+  """(sizes within a slice, sizes over slices): `data` or `fsdp` goes over them, whose
+  traffic is least.
+
+  Raises:
+    UserError: neither divides.
+  """
+  for axis in ("data", "fsdp"):
+    if sizes[axis] % slices == 0:
+      within = dict(sizes) | {axis: sizes[axis] // slices}
+      across = dict.fromkeys(sizes, 1) | {axis: slices}
+      return tuple(within.values()), tuple(across.values())
+  raise UserError(
+    f"config.mesh: the devices are {slices} slices, so data={sizes['data']} or"
+    f" fsdp={sizes['fsdp']} must be a multiple of {slices}: set config.mesh.data="
+    f"{slices} and lower another axis."
+  )
 
 
 def tree_shardings(boxed: Any, mesh: Mesh, rules: str = "fsdp") -> Any:
@@ -184,8 +207,8 @@ def check_length(mesh: Mesh, length: int, what: str) -> None:
   context = mesh.shape["context"]
   if length % context:
     raise UserError(
-      f"config.mesh.context={context} does not divide {what} of {length} tokens. Change"
-      f" that length to {-(-length // context) * context}, or the mesh."
+      f"config.mesh.context={context} does not divide {what} of {length} tokens. Make"
+      f" it {-(-length // context) * context}, or change the mesh."
     )
 
 

@@ -137,6 +137,27 @@ def test_dropping_serves_what_fits_and_says_how_much_did_not():
   assert not np.asarray(grads[2][0])[1].any(), "expert 1 learns nothing"
 
 
+@pytest.mark.parametrize("sizes", [None, dict(expert=4)], ids=str)
+def test_padding_goes_nowhere_and_takes_no_room(sizes):
+  """Nine of ten tokens are padding that all want the first experts: the real ones are
+  served as alone, nothing of them is dropped."""
+  (x, gates, weights), experts = inputs()
+  far = 10 * T
+  pads = ((0, 0), (far - T, 0), (0, 0))
+  x, gates, experts = (jnp.pad(v, pads) for v in (x, gates, experts))
+  real = jnp.broadcast_to(jnp.arange(far)[None] >= far - T, (B, far))
+  c = dataclasses.replace(SIZES, expert_capacity=1.0, drop_tokens=True)
+  function = jax.jit(lambda *args: dispatch.routed(*args, c, real))
+  if sizes is None:
+    out, dropped = function(x, experts, gates, weights)
+  else:
+    with jax.set_mesh(sharding.make_mesh(jax.devices()[:4], **sizes)):
+      out, dropped = function(x, experts, gates, weights)
+  assert dropped == 0
+  assert not np.asarray(out[:, : far - T]).any()
+  np.testing.assert_allclose(out[:, far - T :], alone(0.0)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_a_counting_sort_is_a_stable_sort():
   rng = np.random.default_rng(1)
   keys = rng.integers(0, 5, 40)

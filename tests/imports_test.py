@@ -31,6 +31,7 @@ RANKS = [
     "r1jax.agreement",
     "r1jax.evals r1jax.run r1jax.launch",
     "r1jax.evaluator r1jax.plan",
+    "r1jax.plan_search",
     "r1jax.fine_tuning r1jax.reinforcement",
     "r1jax.loop",
     "r1jax.pipeline",

@@ -309,7 +309,7 @@ def test_experts_changed_is_zero_until_the_router_moves(sampled):
 
 def test_without_recorded_experts_nothing_is_said_of_them():
   _, metrics, _ = extra(WEIGHTS, ROWS, ROWS)
-  assert set(metrics) == {"balance_loss", "mtp_nll"}
+  assert set(metrics) == {"balance_loss", "mtp_nll", "tokens_dropped_max"}
 
 
 # -- router biases ---------------------------------------------------------------------

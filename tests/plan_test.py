@@ -25,7 +25,7 @@ SMALL = dict(
 def small(**mesh):
   config = get_config()
   with config.unlocked():
-    config.mesh.update(fsdp=1, **mesh)
+    config.mesh.update({"fsdp": 1, **mesh})
     for section, values in SMALL.items():
       config[section].update(values)
     config.windows = ((0, 32),)
@@ -33,15 +33,18 @@ def small(**mesh):
   return config
 
 
-@functools.cache
-def planned():
+def test_a_plan_says_what_a_run_would_have():
+  """One plan for all its figures: its programs take a minute to compile."""
   config = small(expert=2, tensor=2)
-  return config, plan.plan(config, "cpu:4")
+  found = plan.plan(config, "cpu:4")
+  bytes_are_those_of_a_state_that_exists(config, found)
+  flops_are_those_of_a_hand_count(config, found)
+  turns_and_cache_are_those_of_the_sizes(config, found)
+  json.dumps(found)
 
 
-def test_bytes_are_those_of_a_state_that_exists():
+def bytes_are_those_of_a_state_that_exists(config, found):
   """Parameters, moments and reference on one device, made and counted."""
-  config, found = planned()
   mesh = sharding.make_mesh(jax.devices()[:4], **config.mesh)
   sizes = plan.sizes_of(config)
   with jax.set_mesh(mesh):
@@ -66,9 +69,8 @@ def test_bytes_are_those_of_a_state_that_exists():
   assert arguments == pytest.approx(held(state) + rows * tokens, rel=0.05)
 
 
-def test_flops_of_an_update_are_those_of_a_hand_count():
+def flops_are_those_of_a_hand_count(config, found):
   """Products of a forward pass, twice as many backwards; attention over whole rows."""
-  config, found = planned()
   c = plan.sizes_of(config).policy.config
   row = 16 + 32
   d, h, q, kv, r = c.width, c.heads, c.q_latent, c.kv_latent, c.rope_dim
@@ -87,8 +89,7 @@ def test_flops_of_an_update_are_those_of_a_hand_count():
   assert got == pytest.approx(3 * forward + again, rel=0.05)
 
 
-def test_a_turn_of_decoding_and_the_rollouts_turns():
-  config, found = planned()
+def turns_and_cache_are_those_of_the_sizes(config, found):
   assert found["decode_turns"] == 32  # all outputs at once, the whole window
   of = found["bytes"]
   c = plan.sizes_of(config).policy.config
@@ -99,7 +100,6 @@ def test_a_turn_of_decoding_and_the_rollouts_turns():
   assert set(found["programs"]) == {"prefill", "decode", "update"}
   update = found["programs"]["update"]
   assert update["collectives"]["all-to-all"][1] > 0
-  json.dumps(found)
 
 
 # -- counting --------------------------------------------------------------------------
@@ -152,6 +152,39 @@ def test_traffic_counts_loops_and_collectives():
   assert traffic.hbm >= 7 * 2 * 4096
 
 
+@pytest.mark.parametrize(
+  "text, devices",
+  [
+    ("replica_groups=[4,8]<=[32], dims", 8),
+    ("replica_groups={{0,1,2},{3,4,5}}, dims", 3),
+    ("replica_groups=mesh['a'=4,'b'=2] {'a'}, dims", 4),
+    ("replica_groups=mesh['a'=4,'b'=2], device_ids=([8]) {'a','b'}, dims", 8),
+    ("replica_groups={}, dims", 16),
+    ("source_target_pairs={{0,1},{1,0}}", 2),
+  ],
+)
+def test_every_form_of_replica_groups_is_read(text, devices):
+  assert program_cost._group(text, 16) == devices
+
+
+def test_an_unknown_form_is_not_guessed():
+  with pytest.raises(ValueError, match="unknown form"):
+    program_cost._group("replica_groups=cube(3)", 16)
+
+
+def test_gathered_weights_are_sent():
+  """As XLA itself places them."""
+  mesh = sharding.make_mesh(jax.devices()[:4], fsdp=4)
+  spec = jax.sharding.PartitionSpec
+  w = jax.ShapeDtypeStruct(
+    (64, 32), np.float32, sharding=jax.sharding.NamedSharding(mesh, spec("fsdp"))
+  )
+  whole = jax.sharding.NamedSharding(mesh, spec())
+  program = jax.jit(lambda w: w * 2.0, out_shardings=whole).lower(w).compile()
+  number, sent = program_cost.traffic(program.as_text()).collectives["all-gather"]
+  assert (number, sent) == (1, 64 * 32 * 4 * 3 / 4)
+
+
 # -- what it refuses -------------------------------------------------------------------
 
 
@@ -161,6 +194,7 @@ def test_traffic_counts_loops_and_collectives():
     ("v9z:2x2x1", {}, ["v9z", "v5p", "h200"]),
     ("v5p:3x9x1", {}, ["v5p:3x9x1", "cannot be compiled for"]),
     ("cpu:99", {}, ["cpu:99", "JAX_NUM_CPU_DEVICES"]),
+    ("cpu:4", dict(fsdp=4, prompts=6), ["prompts=6", "4 data shards"]),
     ("cpu:4", dict(tensor=3), ["tensor=3", "4 devices"]),
     ("cpu:4", dict(context=4, prompt=15), ["context=4", "48"]),
   ],
@@ -168,10 +202,12 @@ def test_traffic_counts_loops_and_collectives():
 def test_a_mistake_is_said_with_a_remedy(topology, mesh, words):
   if topology.startswith("v5p"):
     pytest.importorskip("libtpu")
-  prompt = mesh.pop("prompt", 16) if mesh else 16
+  mesh = dict(mesh)
+  lengths = {k: mesh.pop(k) for k in ("prompt", "prompts") if k in mesh}
   config = small(**mesh)
   with config.unlocked():
-    config.data.prompt_length = prompt
+    config.data.prompt_length = lengths.get("prompt", 16)
+    config.prompts = lengths.get("prompts", 8)
   with pytest.raises(UserError) as error:
     plan.plan(config, topology)
   for word in words:

@@ -77,7 +77,7 @@ def test_a_ring_is_attention_of_whole_rows(whole, sizes, implementation):
     np.testing.assert_allclose(got, true, rtol=1e-3, atol=1e-4)
 
 
-def test_no_device_has_a_whole_row():
+def test_forwards_no_device_has_a_whole_row():
   *args, way = arrays()
 
   def attend(q, k, v):

@@ -10,7 +10,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=runs/%x-%j.log
+#SBATCH --output=%x-%j.log
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?start this by sbatch}" || exit 2
 . .venv/bin/activate

@@ -29,6 +29,7 @@ def routed(
   gates: jax.Array,
   weights: Weights,
   config: PolicyConfig,
+  real: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """sum_a gate_a FFN_{expert_a}(x), the routed experts' part of an MoE layer.
 
@@ -38,10 +39,13 @@ def routed(
     gates: [B, T, A] float32.
     weights: gate and up [E, D, F], down [E, F, D], in x's dtype.
     config: expert_capacity, drop_tokens, implementation.
+    real: [B, T] bool; padding goes to no expert and gets 0. None: all tokens are real.
 
   Returns:
     ([B, T, D], [] float32: the share of the (token, expert) pairs that were dropped).
   """
+  if real is not None:  # an expert that no device has
+    experts = jnp.where(real[..., None], experts, weights[0].shape[0])
   if not impl.mesh_axes():
     return _on_one(x, experts, gates, weights, config), jnp.zeros(())
   mesh = jax.sharding.get_abstract_mesh()
@@ -55,11 +59,14 @@ def routed(
     for w, spec in zip(weights, specs, strict=True)
   )
 
+  count = weights[0].shape[0]
+
   def local(x, experts, gates, *weights):
     weights = tuple(map(_gathered, weights, specs))
     out, dropped = _exchanged(x, experts, gates, weights, config, mesh.shape["expert"])
-    share = dropped / (experts.size * math.prod(mesh.shape.values()))
-    return out, jax.lax.psum(share, tuple(mesh.axis_names))
+    pairs = (experts < count).sum()
+    dropped, pairs = jax.lax.psum((dropped, pairs), tuple(mesh.axis_names))
+    return out, dropped / jnp.maximum(pairs, 1)
 
   return jax.shard_map(
     local, in_specs=(cut, cut, cut, *specs), out_specs=(cut, P()), check_vma=False
@@ -125,18 +132,21 @@ def _exchanged(x, experts, gates, weights, config, parts):
   pairs = experts.size
   room = _room(pairs, parts, config.expert_capacity)
   home = experts.reshape(-1) // held  # the part that an expert lies on
-  # Where each pair stands among those of its part, in the order of their experts.
+  # Where each pair stands among those of its part, in the order of their experts;
+  # padding's is a part that does not exist.
   places, sizes = _counting_sort(experts.reshape(-1), parts * held)
   by_part = sizes.reshape(parts, held).sum(axis=1)
-  place = places - (jnp.cumsum(by_part) - by_part)[home]
+  first = jnp.append(jnp.cumsum(by_part) - by_part, 0)
+  place = places - first[home]
   most = jax.lax.pmax(by_part.max(), tuple(jax.sharding.get_abstract_mesh().axis_names))
 
   def turn(i):
     now = place - i * room
-    slots = jnp.where((now >= 0) & (now < room), home * room + now, parts * room)
+    fits = (now >= 0) & (now < room) & (home < parts)
+    slots = jnp.where(fits, home * room + now, parts * room)
     return _combine(_round(flat, slots, sizes, i, room, weights, config, parts), gates)
 
-  if config.drop_tokens:
+  if config.drop_tokens or room == pairs:  # all there can be fits into a round
     dropped = jnp.maximum(by_part - room, 0).sum()
     return turn(0).reshape(x.shape), dropped.astype(jnp.float32)
 
@@ -185,12 +195,13 @@ def _round(flat, slots, sizes, i, room, weights, config, parts):
 
 def _counting_sort(keys: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   """(where each key goes in a stable sort [n] int32, how many there are of each
-  [count] int32). Args: keys [n] in 0 .. count - 1."""
+  [count] int32). Args: keys [n] in 0 .. count - 1; others go to place n."""
   one = (keys[:, None] == jnp.arange(count)[None]).astype(jnp.int32)
   upto = jnp.cumsum(one, axis=0)
   sizes = upto[-1]
   first = jnp.cumsum(sizes) - sizes
-  return (one * (upto - 1 + first[None])).sum(axis=1), sizes
+  places = (one * (upto - 1 + first[None])).sum(axis=1)
+  return jnp.where((keys >= 0) & (keys < count), places, keys.size), sizes
 
 
 def _inverse(slots: jax.Array, count: int) -> jax.Array:

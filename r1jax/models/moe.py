@@ -149,7 +149,8 @@ class MoE(nn.Module):
       routed = _every_expert(x.reshape(-1, d), of_experts, *weights).reshape(x.shape)
       dropped = jnp.zeros(())
     else:
-      routed, dropped = dispatch.routed(x, experts, gates, weights, c)
+      real = None if seq is None else seq.segments > 0
+      routed, dropped = dispatch.routed(x, experts, gates, weights, c, real)
     shared = (
       SwiGLU(c, c.shared_experts * f, name="shared")(x) if c.shared_experts else 0.0
     )

@@ -2,7 +2,8 @@
 
 Keys and values go round the devices of a row (arXiv 2310.01889): in turn r each device
 has those of the r-th device before it, attends to them where they are earlier than its
-own tokens, and merges by log-sum-exp. No device ever has a whole row.
+own tokens, and merges by log-sum-exp. Forwards no device ever has a whole row; for the
+backward pass each keeps the keys and values that came by, and computes scores again.
 """
 
 import functools
@@ -55,6 +56,7 @@ def _local(q, k, v, segments, *, scale, implementation, parts):
   def found(out, lse):  # lse [B, H, T]
     return out.astype(jnp.float32), lse.swapaxes(1, 2)
 
+  @functools.partial(jax.checkpoint, prevent_cse=False)
   def earlier(k, v, theirs):
     return found(*ops.attention(q, k, v, segments, theirs, causal=False, **how))
 

@@ -1,0 +1,165 @@
+"""The smallest slice of a TPU pod that holds a step.
+
+Slices are tried from the smallest on. What is bound to overflow by the arithmetic of
+`estimate` is not compiled; of the meshes of a slice the one that promises most room is.
+"""
+
+from collections.abc import Callable, Iterator
+import copy
+import dataclasses
+import math
+
+from ml_collections import ConfigDict
+
+from r1jax import plan, settings
+from r1jax.errors import UserError
+
+# cloud.google.com/tpu/docs: what can be asked for, by the number of chips.
+SLICES = {
+  "v5p": {
+    **{4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8"},
+    **{256: "4x8x8", 512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16"},
+  },
+  "v5e": {
+    4: "2x2",
+    8: "2x4",
+    16: "4x4",
+    32: "4x8",
+    64: "8x8",
+    128: "8x16",
+    256: "16x16",
+  },
+}
+SLICES["v6e"] = SLICES["v5e"]
+CACHE = 0.3  # of a chip's memory that the outputs' cache may have
+ROOM = 0.1  # of it that stays free
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """A config's step on a slice."""
+
+  config: ConfigDict
+  chips: int
+  topology: str
+  bytes: dict[str, float]  # of a chip, by kind; a lower bound
+
+  @property
+  def total(self) -> float:
+    """What an update and what a rollout holds, the larger."""
+    b = self.bytes
+    state = b["parameters"] + b["optimizer"] + b["reference"]
+    return state + max(b["gradients"] + b["activations"], b["cache"])
+
+
+def smallest(
+  config: ConfigDict, family: str, *, say: Callable[[str], None] = lambda text: None
+) -> list[dict]:
+  """The plans that were made, the last of which fits with ROOM to spare; an entry that
+  was not compiled has no `programs`.
+
+  Args:
+    config: of experiments.r1_zero; its mesh, micro-batches and slots are chosen here.
+    family: one of SLICES.
+    say: is told what is compiled.
+
+  Raises:
+    UserError: no such family, or no slice of it is large enough.
+  """
+  if family not in SLICES:
+    raise UserError(f"--smallest={family!r} is not one of {sorted(SLICES)}.")
+  chip, tried = plan.CHIPS[family], []
+  for chips in SLICES[family]:
+    found = list(choices(config, family, chips))
+    if not found:
+      continue
+    best = min(found, key=lambda x: (x.total, x.bytes["activations"]))
+    entry = {
+      "topology": best.topology,
+      "chips": chips,
+      "mesh": {axis: n for axis, n in best.config.mesh.items() if n > 1},
+      "least_bytes": best.bytes,
+      "fits": False,
+    }
+    tried.append(entry)
+    if best.total > (1 - ROOM) * chip.memory:
+      largest = max(best.bytes, key=best.bytes.get)
+      entry["why"] = f"{best.total / plan.GIB:.1f} GiB at the least, most for {largest}"
+      continue
+    say(f"{best.topology}: ")
+    try:
+      entry |= plan.plan(best.config, best.topology, say=say)
+    except UserError as error:
+      entry["why"] = str(error)
+      continue
+    entry["settings"] = {
+      "micro_batches": best.config.grpo.micro_batches,
+      "slots": best.config.grpo.slots,
+    }
+    entry["why"] = f"{entry['free_hbm_fraction']:.0%} free during {entry['fullest']}"
+    entry["fits"] = entry["free_hbm_fraction"] >= ROOM
+    if entry["fits"]:
+      return tried
+  raise UserError(
+    f"no slice of {family} holds this step with {ROOM:.0%} to spare: "
+    + "; ".join(f"{x['topology']} ({x['why']})" for x in tried[-3:])
+    + ". Set config.optimizer.moments=bfloat16, or shorten config.windows."
+  )
+
+
+def choices(config: ConfigDict, family: str, chips: int) -> Iterator[Choice]:
+  """The config on every mesh of so many chips that its sizes allow, with as few rows at
+  a time as there are shards, and slots within CACHE."""
+  sizes = plan.sizes_of(config)
+  c, g = sizes.policy.config, config.grpo
+  outputs = config.prompts * g.group_size
+  rows, memory = outputs // g.minibatches, plan.CHIPS[family].memory
+  for tensor in (1, 2, 4, 8, 16):
+    if chips % tensor or c.heads % tensor or (c.kv_heads and c.kv_heads % tensor):
+      continue
+    expert = math.gcd(c.experts, chips // tensor) if c.moe_layers else 1
+    shards = chips // tensor
+    if rows % shards or config.prompts % shards:
+      continue
+    # Entries of MLA are one head's: not cut along tensor.
+    heads = tensor if c.kv_heads else 1
+    entry = c.layers * c.cache.width * c.compute_dtype.itemsize * sizes.window / heads
+    fitting = int(CACHE * memory // entry) * shards
+    slots = 2 ** int(math.log2(fitting)) if fitting else 0
+    if slots < shards or outputs % slots:
+      continue
+    changed = copy.deepcopy(config)
+    with changed.unlocked():
+      changed.mesh.update(
+        data=1, fsdp=shards // expert, expert=expert, tensor=tensor, context=1
+      )
+      changed.grpo.micro_batches = rows // shards
+      changed.grpo.slots = min(slots, outputs)
+    kinds = estimate(changed, sizes, chips)
+    yield Choice(changed, chips, f"{family}:{SLICES[family][chips]}", kinds)
+
+
+def estimate(config: ConfigDict, sizes: plan.Sizes, chips: int) -> dict[str, float]:
+  """Bytes of a chip that an update or a rollout cannot do without."""
+  c, mesh = sizes.policy.config, config.mesh
+  weights = plan.parameters(sizes.policy)
+  moment = 2 if config.optimizer.moments == "bfloat16" else 4
+  reference = 4 if settings.objective(config).needs_reference else 0
+  length, tensor = sizes.prompt + sizes.window, mesh.tensor
+  two = c.compute_dtype.itemsize
+  kept = length / tensor * c.width * c.layers * two  # a row, between the layers
+  head = c.head_dim or c.nope_dim + c.rope_dim
+  attention = 4 * length * c.heads / tensor * head * two
+  # The experts of a device, whole while a layer uses them, and their gradient.
+  experts = 2 * 3 * c.width * c.expert_ffn * c.experts / mesh.expert * two
+  shards = chips // tensor
+  heads = tensor if c.kv_heads else 1
+  entry = c.layers * c.cache.width * two * sizes.window / heads
+  return {
+    "parameters": 4 * weights / chips,
+    "optimizer": 2 * moment * weights / chips,
+    "reference": reference * weights / chips,
+    "gradients": 4 * weights / chips,
+    "activations": kept + attention + experts,
+    "cache": entry * config.grpo.slots / shards,
+  }
