@@ -53,7 +53,8 @@ def check_mesh(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
   Raises:
     UserError: an axis that does not exist, or the product is not the devices' number.
   """
-  said = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+  said = [f"{axis}={sizes[axis]}" for axis in AXES if sizes.get(axis, 1) != 1]
+  said = ", ".join(said) or "all axes 1"
   unknown = sorted(set(sizes) - set(AXES))
   if unknown:
     raise UserError(f"config.mesh: {unknown} are no axes; these are {list(AXES)}.")
