@@ -13,6 +13,8 @@ import pytest
 from r1jax import events
 from r1jax.goodput import Goodput
 
+pytestmark = pytest.mark.xdist_group("loop")  # they share runs
+
 SMALL = [
   "--config.model.width=32",
   "--config.model.heads=2",
@@ -123,6 +125,7 @@ def test_segments_give_the_run_the_same_figures(finished, cache, tmp_path):
     assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_run_the_same_figures(finished, cache, tmp_path):
   """Eight CPU devices as (fsdp, expert, tensor); the first rollout, before rounding has
   had updates to grow in."""

@@ -11,6 +11,8 @@ import pytest
 
 from tests.quick import QUICK
 
+pytestmark = pytest.mark.xdist_group("two_processes")  # they share runs
+
 SMALL = [
   "--config.compilation_cache=off",
   "--config.model.width=32",

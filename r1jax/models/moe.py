@@ -138,6 +138,9 @@ class MoE(nn.Module):
     if replay is not None:
       experts = replay.astype(own.dtype)
       gates = gate_values(scores, experts, c)
+    real = None if seq is None else seq.segments > 0
+    if real is not None:  # padding is no expert's
+      gates = jnp.where(real[..., None], gates, 0.0)
     chosen = jax.nn.one_hot(experts, e, dtype=jnp.float32)  # B T A E
     kept = chosen if seq is None else chosen * seq.uses[..., None, None]
     load = jax.lax.stop_gradient(kept.sum(axis=(0, 1, 2)))
@@ -149,7 +152,6 @@ class MoE(nn.Module):
       routed = _every_expert(x.reshape(-1, d), of_experts, *weights).reshape(x.shape)
       dropped = jnp.zeros(())
     else:
-      real = None if seq is None else seq.segments > 0
       routed, dropped = dispatch.routed(x, experts, gates, weights, c, real)
     shared = (
       SwiGLU(c, c.shared_experts * f, name="shared")(x) if c.shared_experts else 0.0

@@ -72,6 +72,7 @@ def test_a_mistake_is_one_line_and_code_2(flag, words):
     assert word in done.stderr
 
 
+@pytest.mark.slow
 def test_runs_share_a_base_and_the_last_line_is_json(tmp_path):
   """Two rows at the smallest size; the second does not pre-train again."""
   small = [

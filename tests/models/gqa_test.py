@@ -354,8 +354,8 @@ def test_an_sft_step_is_invariant_to_the_mesh(on_one):
   assert_same(host(got.params), host(want.params), rtol=1e-3, atol=1e-5)
   attention = got.params["dense_layers"]["attention"]
   shapes = {n: w.addressable_shards[0].data.shape for n, w in attention.items()}
-  assert shapes["w_q"] == (3, 40, 2, 20) and shapes["b_q"] == (3, 2, 20)
-  assert shapes["w_k"] == (3, 40, 1, 20) and shapes["w_o"] == (3, 2, 20, 40)
+  assert shapes["w_q"] == (3, 20, 2, 20) and shapes["b_q"] == (3, 2, 20)
+  assert shapes["w_k"] == (3, 20, 1, 20) and shapes["w_o"] == (3, 2, 20, 20)
 
 
 def test_a_whole_step_of_grpo_moves_every_weight():

@@ -184,9 +184,10 @@ def test_load_counts_the_counted_tokens_only(key):
   load = np.bincount(kept.reshape(-1), minlength=8)
   np.testing.assert_array_equal(routing.load, load)
   assert routing.load.sum() == counted.sum() * c.active_experts
-  # Uncounted tokens are served all the same.
+  # Padding is served by the shared expert alone.
   served = jax.jit(moe.MoE(c).apply)(variables, x, None)[0]
-  np.testing.assert_array_equal(out, served)
+  np.testing.assert_array_equal(out[counted], served[counted])
+  assert (out[~counted] != served[~counted]).any(axis=-1).all()
 
 
 def test_balance_moves_biases_by_exactly_the_rate_against_the_load():
