@@ -21,6 +21,7 @@ from r1jax import ops, sharding
 from r1jax.models.config import PolicyConfig
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]
+NOWHERE = 2**30  # an expert that no device has
 
 
 def routed(
@@ -44,8 +45,8 @@ def routed(
   Returns:
     ([B, T, D], [] float32: the share of the (token, expert) pairs that were dropped).
   """
-  if real is not None:  # an expert that no device has
-    experts = jnp.where(real[..., None], experts, weights[0].shape[0])
+  if real is not None:
+    experts = jnp.where(real[..., None], experts, NOWHERE)
   if not impl.mesh_axes():
     return _on_one(x, experts, gates, weights, config), jnp.zeros(())
   mesh = jax.sharding.get_abstract_mesh()

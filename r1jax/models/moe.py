@@ -158,7 +158,7 @@ class MoE(nn.Module):
     )
     by_row, counted = scores, jnp.ones(x.shape[:2], bool)
     if seq is not None:
-      by_row, counted = seq.by_output(by_row), seq.by_output(seq.segments > 0)
+      by_row, counted = seq.by_output(by_row), seq.by_output(real)
     routing = Routing(
       load=load,
       balance=sequence_balance(by_row, counted, c),
