@@ -1,4 +1,4 @@
-"""Does a step of R1-Zero fit a machine that is not here, and what binds it?
+r"""Does a step of R1-Zero fit a machine that is not here, and what binds it?
 
   python -m experiments.plan --config=experiments/configs/r1_zero.py:paper \
       --topology=v5p:8x16x16
@@ -8,11 +8,17 @@
   python -m experiments.plan --config=experiments/configs/r1_zero.py:paper \
       --smallest=v5p --config.optimizer.moments=bfloat16
 
---smallest looks for the smallest slice of v5p, v5e or v6e that holds the step with a
-tenth of its memory to spare. --topology is a TPU slice, h100 (one), or cpu:N; --chip
-holds it against another chip's limits. Prefill, a turn of decoding and an update are
-compiled for it, without a device (pip install -e ".[tpu]" for a TPU's compiler; Linux).
-Nothing runs. Exit codes: 0 it fits, 2 it does not or a mistake in the command.
+--topology=v5p:2x2x1   a slice of v5p, v5e, v6e or tpu7x; h100 or h200:8, GPUs in hosts
+                       of eight; cpu:8, this machine as so many devices
+--chip=h200            hold it against another chip's limits
+--smallest=v5p         find the smallest slice of v5p, v5e or v6e, or the fewest h100 or
+                       h200, that hold the step with a tenth of memory to spare
+--mean_tokens=8000     of an output, for the rollout's time; 0: the whole window
+--json                 all of it as one JSON object, in the last line
+
+Prefill, a turn of decoding and an update are compiled without a device: a TPU's
+compiler is in pip install -e ".[tpu]", a GPU's in ".[cuda]" (Linux). Nothing runs.
+Exit codes: 0 it fits, 2 it does not or a mistake in the command.
 """
 
 import json
@@ -28,9 +34,9 @@ import rich.table
 from experiments import command
 
 CONFIG = pathlib.Path(__file__).parent / "configs" / "r1_zero.py"
-flags.DEFINE_string("topology", "v5p:2x2x1", "TPU slice, h100, or cpu:N")
+flags.DEFINE_string("topology", "v5p:2x2x1", "TPU slice, GPUs, or cpu:N")
 flags.DEFINE_string("chip", "", "whose limits; default: the topology's")
-flags.DEFINE_string("smallest", "", "of v5p, v5e or v6e, which slice holds the step")
+flags.DEFINE_string("smallest", "", "which slice of v5p, v5e, v6e, h200, ...")
 flags.DEFINE_integer("mean_tokens", 0, "of an output; 0: the whole window")
 flags.DEFINE_bool("json", False, "one JSON object, in the last line")
 
@@ -61,6 +67,10 @@ def main(config: ConfigDict, workdir: str) -> None:
   if options.smallest:
     show_tried(out, tried)
   show(out, found)
+  if not found["fits"]:
+    limits = plan.chip_of(options.topology, options.chip)
+    where = limits, found["chips"], found["topology"]
+    out.print(plan_search.nearest(config, *where), highlight=False, soft_wrap=True)
   if options.json:
     print(json.dumps(found))
   sys.exit(0 if found["fits"] else 2)

@@ -153,6 +153,11 @@ def decode(
     compiler_params=plgpu.CompilerParams(
       num_warps=blocks.warps, num_stages=blocks.stages
     ),
+    cost_estimate=pl.CostEstimate(
+      flops=2 * r * heads * cache.shape[2] * (d + dv),
+      transcendentals=r * heads * cache.shape[2],
+      bytes_accessed=r * cache.shape[2] * cache.shape[3] * cache.dtype.itemsize,
+    ),
     interpret=interpret,
     name="decode_attention",
   )(layer, rows, starts, stops, q, cache)

@@ -115,6 +115,15 @@ def _filled(x, *sides):
   return jnp.pad(x, [(0, 0)] * axes + fill)
 
 
+def _cost(products, *arrays):
+  """Every row meets one group."""
+  return pl.CostEstimate(
+    flops=2 * products,
+    transcendentals=0,
+    bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+  )
+
+
 def product(
   x: jax.Array, w: jax.Array, sizes: jax.Array, *, transposed: bool, interpret: bool
 ) -> jax.Array:
@@ -140,6 +149,7 @@ def product(
     out_shape=jax.ShapeDtypeStruct(zero.shape, zero.dtype),
     input_output_aliases={4: 0},
     compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+    cost_estimate=_cost(m * d * f, x, w, zero),
     interpret=interpret,
     name="grouped_matmul",
   )(starts, pairs, x, w, zero)
@@ -161,6 +171,7 @@ def outer_product(
     grid=(outer // tile.outer, inner // tile.inner, groups),
     out_shape=jax.ShapeDtypeStruct((groups, inner, outer), x.dtype),
     compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+    cost_estimate=_cost(x.shape[0] * d * f, x, grad),
     interpret=interpret,
     name="grouped_matmul_dw",
   )(starts, x, grad)

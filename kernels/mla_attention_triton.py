@@ -274,7 +274,18 @@ def _prepared(q, k, q_segments, k_segments, causal, blocks):
   return [q_segments, k_segments], bounds(q_segments, k_segments, causal, blocks)
 
 
-def _call(kernel, grid, specs, args, out_specs, out_shape, blocks, interpret, name):
+def _cost(pairs, widths, arrays):
+  """Of products of these widths for every pair of a query and a key."""
+  return pl.CostEstimate(
+    flops=2 * pairs * widths,
+    transcendentals=pairs,
+    bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+  )
+
+
+def _call(
+  kernel, grid, specs, args, out_specs, out_shape, blocks, interpret, name, cost
+):
   return pl.pallas_call(
     kernel,
     grid=grid,
@@ -284,6 +295,7 @@ def _call(kernel, grid, specs, args, out_specs, out_shape, blocks, interpret, na
     compiler_params=plgpu.CompilerParams(
       num_warps=blocks.warps, num_stages=blocks.stages
     ),
+    cost_estimate=cost,
     interpret=interpret,
     name=name,
   )(*args)
@@ -326,7 +338,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
   """As mla_attention_mosaic.forward."""
   (b, t, heads, d), (s, kv_heads, dv) = q.shape, v.shape[1:]
-  group = heads // kv_heads
+  group, pairs = heads // kv_heads, b * heads * t * s // (2 if causal else 1)
   segments, (of_q, _) = _prepared(q, k, q_segments, k_segments, causal, blocks)
   how = dict(causal=causal, segmented=bool(segments), blocks=blocks)
   specs = [
@@ -353,6 +365,7 @@ def forward(
     blocks,
     interpret,
     "mla_attention_forward",
+    _cost(pairs, d + dv, (q, k, v, v)),
   )
   return out, lse
 
@@ -374,7 +387,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """As mla_attention_mosaic_backward.backward."""
   (b, t, heads, d), (s, kv_heads, dv) = q.shape, v.shape[1:]
-  group = heads // kv_heads
+  group, pairs = heads // kv_heads, b * heads * t * s // (2 if causal else 1)
   blocks, of_keys = backward_blocks(blocks, d + dv, q.dtype)
   segments, (of_q, _) = _prepared(q, k, q_segments, k_segments, causal, blocks)
   _, (_, of_k) = _prepared(q, k, q_segments, k_segments, causal, of_keys)
@@ -402,6 +415,7 @@ def backward(
     blocks,
     interpret,
     "mla_attention_dq",
+    _cost(pairs, 2 * d + dv, 2 * (q, k, v)),
   )
 
   blocks = of_keys
@@ -422,6 +436,7 @@ def backward(
   ]
   if segments:
     specs += reversed(_numbers(blocks.k, t))
+  cost = _cost(pairs, 2 * d + 2 * dv, 2 * (q, k, v))
   dk, dv = _call(
     functools.partial(_dkv_kernel, scale=scale, **how),
     (s // blocks.k, b, kv_heads),
@@ -432,5 +447,6 @@ def backward(
     blocks,
     interpret,
     "mla_attention_dkv",
+    cost,
   )
   return dq, dk, dv

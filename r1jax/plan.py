@@ -73,7 +73,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """One of the three, on one device."""
+  """One of the three, on one device. The loop that decodes counts as one turn of it."""
 
   arguments: int  # bytes
   temporaries: int
@@ -82,6 +82,9 @@ class Program:
   sent: float  # bytes sent by collectives
   collectives: dict[str, tuple[float, float]]  # kind -> (number, bytes)
   compile_cpu_seconds: float
+  # What a call of a loop does besides its turns: it gathers weights, say.
+  call_hbm: float = 0.0
+  call_sent: float = 0.0
 
   @property
   def peak(self) -> int:
@@ -94,6 +97,10 @@ class Program:
       "memory": self.hbm / chip.bandwidth,
       "links": self.sent / chip.links,
     }
+
+  def call_seconds(self, chip: Chip) -> float:
+    """Beside its turns."""
+    return max(self.call_hbm / chip.bandwidth, self.call_sent / chip.links)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +156,7 @@ def plan(
 
   Args:
     config: of experiments.r1_zero.
-    topology: "v5p:8x16x16", "h100", "cpu:8".
+    topology: "v5p:8x16x16", "h200:8", "cpu:8".
     chip: one of CHIPS whose limits to hold it against; "": the topology's.
     mean_tokens: of an output, for the rollout's time; 0: the whole window.
     say: is told what is compiled.
@@ -175,7 +182,7 @@ def plan(
     )
   c = settings.step_config(config, sizes.window)
   sharding.check_length(mesh, sizes.prompt + sizes.window, "rows of prompt and output")
-  platform = {"cpu": "cpu", "h100": "cuda"}.get(topology.partition(":")[0], "tpu")
+  platform = ahead_of_time.platform(topology)
   compile_ = functools.partial(_compiled, mesh, platform)
   start = time.process_time()
   with jax.set_mesh(mesh):
@@ -207,6 +214,7 @@ def _figures(config, c, sizes, mesh, programs, kinds, chip, mean_tokens) -> dict
   slots = c.slots or outputs
   tokens = mean_tokens or sizes.window
   turns = outputs * tokens / slots
+  calls = turns / config.segment_tokens if config.segment_tokens else 1
   # While the rollout runs, moments and reference stay where they are.
   idle = kinds["optimizer"] + kinds["reference"]
   held = {
@@ -219,7 +227,7 @@ def _figures(config, c, sizes, mesh, programs, kinds, chip, mean_tokens) -> dict
   best = {name: max(parts.values()) for name, parts in times.items()}
   spent = {
     "prefill": best["prefill"],
-    "decode": best["decode"] * turns,
+    "decode": best["decode"] * turns + programs["decode"].call_seconds(chip) * calls,
     "update": best["update"] * c.minibatches,
   }
   longest = max(spent, key=spent.get)
@@ -306,20 +314,35 @@ def _compiled(mesh, platform, function, *specs, **options):
     ) from error
   seconds = time.process_time() - start
   memory = compiled.memory_analysis()
-  traffic = program_cost.traffic(compiled.as_text())
+  text = compiled.as_text()
+  said = program_cost.kernels(traced.jaxpr)
+  call = program_cost.traffic(text, turns=0, said=said)
+  traffic = program_cost.traffic(text, said=said)
+  loops = function.__name__ == "decode"
+  if loops:
+    traffic -= call
   program = Program(
     arguments=memory.argument_size_in_bytes,
-    # What is returned and reuses no argument stands beside them.
-    temporaries=memory.temp_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes,
+    temporaries=_temporaries(memory, platform),
     flops=program_cost.flops(traced.jaxpr) / mesh.size,
     hbm=traffic.hbm,
     sent=traffic.sent,
     collectives=traffic.collectives,
     compile_cpu_seconds=seconds,
+    call_hbm=call.hbm if loops else 0.0,
+    call_sent=call.sent if loops else 0.0,
   )
   return program, compiled
+
+
+def _temporaries(memory, platform: str) -> int:
+  """Bytes beside the arguments at the fullest moment."""
+  if platform == "tpu":
+    # The sum of its parts counts a donated argument that is written again twice; the
+    # compiler refuses by this figure.
+    return memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+  returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return memory.temp_size_in_bytes + returned
 
 
 def _sampler(c) -> Sampler:

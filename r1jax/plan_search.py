@@ -1,7 +1,7 @@
-"""The smallest slice of a TPU pod that holds a step.
+"""The smallest slice of a TPU pod, or the fewest hosts of GPUs, that hold a step.
 
 Slices are tried from the smallest on. What is bound to overflow by the arithmetic of
-`estimate` is not compiled; of the meshes of a slice the one that promises most room is.
+`estimate` is not compiled; of the meshes of a slice those are that promise most room.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,8 +31,10 @@ SLICES = {
   },
 }
 SLICES["v6e"] = SLICES["v5e"]
+SLICES["h100"] = SLICES["h200"] = {n: str(n) for n in (8, 16, 32, 64, 128, 256, 512)}
 CACHE = 0.3  # of a chip's memory that the outputs' cache may have
 ROOM = 0.1  # of it that stays free
+MESHES = 2  # of a slice that are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,37 +71,13 @@ def smallest(
   if family not in SLICES:
     raise UserError(f"--smallest={family!r} is not one of {sorted(SLICES)}.")
   chip, tried = plan.CHIPS[family], []
-  for chips in SLICES[family]:
-    found = list(choices(config, family, chips))
-    if not found:
-      continue
-    best = min(found, key=lambda x: (x.total, x.bytes["activations"]))
-    entry = {
-      "topology": best.topology,
-      "chips": chips,
-      "mesh": {axis: n for axis, n in best.config.mesh.items() if n > 1},
-      "least_bytes": best.bytes,
-      "fits": False,
-    }
-    tried.append(entry)
-    if best.total > (1 - ROOM) * chip.memory:
-      largest = max(best.bytes, key=best.bytes.get)
-      entry["why"] = f"{best.total / plan.GIB:.1f} GiB at the least, most for {largest}"
-      continue
-    say(f"{best.topology}: ")
-    try:
-      entry |= plan.plan(best.config, best.topology, say=say)
-    except UserError as error:
-      entry["why"] = str(error)
-      continue
-    entry["settings"] = {
-      "micro_batches": best.config.grpo.micro_batches,
-      "slots": best.config.grpo.slots,
-    }
-    entry["why"] = f"{entry['free_hbm_fraction']:.0%} free during {entry['fullest']}"
-    entry["fits"] = entry["free_hbm_fraction"] >= ROOM
-    if entry["fits"]:
-      return tried
+  room = (1 - ROOM) * chip.memory
+  for chips, name in SLICES[family].items():
+    found = choices(config, chip, chips, f"{family}:{name}")
+    for choice in [x for x in found if x.total <= room][:MESHES] or found[:1]:
+      tried.append(entry := _tried(choice, room, say))
+      if entry["fits"]:
+        return tried
   raise UserError(
     f"no slice of {family} holds this step with {ROOM:.0%} to spare: "
     + "; ".join(f"{x['topology']} ({x['why']})" for x in tried[-3:])
@@ -107,13 +85,70 @@ def smallest(
   )
 
 
-def choices(config: ConfigDict, family: str, chips: int) -> Iterator[Choice]:
+def _tried(choice: Choice, room: float, say: Callable[[str], None]) -> dict:
+  """The plan, if there can be one."""
+  entry = {
+    "topology": choice.topology,
+    "chips": choice.chips,
+    "mesh": {axis: n for axis, n in choice.config.mesh.items() if n > 1},
+    "least_bytes": choice.bytes,
+    "fits": False,
+    "settings": {
+      "micro_batches": choice.config.grpo.micro_batches,
+      "slots": choice.config.grpo.slots,
+    },
+  }
+  if choice.total > room:
+    largest = max(choice.bytes, key=choice.bytes.get)
+    least = f"{choice.total / plan.GIB:.1f} GiB at the least, most for {largest}"
+    return entry | {"why": least}
+  try:
+    entry |= plan.plan(choice.config, choice.topology, say=say)
+  except UserError as error:
+    return entry | {"why": str(error)}
+  free = entry["free_hbm_fraction"]
+  why = f"{free:.0%} free during {entry['fullest']}"
+  return entry | {"why": why, "fits": free >= ROOM}
+
+
+def nearest(config: ConfigDict, chip: plan.Chip, chips: int, topology: str) -> str:
+  """What to set for the mesh of these chips that promises most room; where none can
+  hold the step, how much is missing.
+
+  Args:
+    config: of experiments.r1_zero.
+    chip, chips, topology: of a plan that does not fit.
+  """
+  found = choices(config, chip, chips, topology)
+  if not found:
+    return "No mesh of these chips has the sizes' divisors."
+  best, mesh = found[0], found[0].config.mesh
+  if best.total > (1 - ROOM) * chip.memory:
+    least, share = best.total / plan.GIB, best.total / chip.memory
+    return (
+      f"No mesh of {chips} chips holds it: {least:.1f} GiB a chip at the least;"
+      f" {share:.1f} times as many chips might."
+    )
+  sizes = " ".join(f"--config.mesh.{axis}={n}" for axis, n in mesh.items())
+  rows = f"--config.grpo.micro_batches={best.config.grpo.micro_batches}"
+  slots = f"--config.grpo.slots={best.config.grpo.slots}"
+  return f"Of {chips} chips this promises most room: {sizes} {rows} {slots}"
+
+
+def choices(
+  config: ConfigDict, chip: plan.Chip, chips: int, topology: str
+) -> list[Choice]:
   """The config on every mesh of so many chips that its sizes allow, with as few rows at
-  a time as there are shards, and slots within CACHE."""
+  a time as there are shards, and slots within CACHE; that with most room first."""
+  found = _choices(config, chip, chips, topology)
+  return sorted(found, key=lambda x: (x.total, x.bytes["activations"]))
+
+
+def _choices(config, chip, chips, topology) -> Iterator[Choice]:
   sizes = plan.sizes_of(config)
   c, g = sizes.policy.config, config.grpo
   outputs = config.prompts * g.group_size
-  rows, memory = outputs // g.minibatches, plan.CHIPS[family].memory
+  rows = outputs // g.minibatches
   for tensor in (1, 2, 4, 8, 16):
     if chips % tensor or c.heads % tensor or (c.kv_heads and c.kv_heads % tensor):
       continue
@@ -124,7 +159,7 @@ def choices(config: ConfigDict, family: str, chips: int) -> Iterator[Choice]:
     # Entries of MLA are one head's: not cut along tensor.
     heads = tensor if c.kv_heads else 1
     entry = c.layers * c.cache.width * c.compute_dtype.itemsize * sizes.window / heads
-    fitting = int(CACHE * memory // entry) * shards
+    fitting = int(CACHE * chip.memory // entry) * shards
     slots = 2 ** int(math.log2(fitting)) if fitting else 0
     if slots < shards or outputs % slots:
       continue
@@ -135,8 +170,7 @@ def choices(config: ConfigDict, family: str, chips: int) -> Iterator[Choice]:
       )
       changed.grpo.micro_batches = rows // shards
       changed.grpo.slots = min(slots, outputs)
-    kinds = estimate(changed, sizes, chips)
-    yield Choice(changed, chips, f"{family}:{SLICES[family][chips]}", kinds)
+    yield Choice(changed, chips, topology, estimate(changed, sizes, chips))
 
 
 def estimate(config: ConfigDict, sizes: plan.Sizes, chips: int) -> dict[str, float]:

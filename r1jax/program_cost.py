@@ -2,7 +2,7 @@
 
 XLA's own `cost_analysis` counts the body of a loop once and a Pallas kernel not at all.
 Here a loop counts as often as it turns, where that is known; one whose turns depend on
-the data (the loop that decodes) counts once, so its figures are those of a turn. So
+the data (the loop that decodes) counts once. So
 does the loop over rounds of an exchange (models/dispatch.py), which takes more than one
 where experts are far from balanced. Of a condition the dearest branch counts, and of a
 buffer all rows, filled or not.
@@ -86,6 +86,22 @@ def _jaxprs(params: dict):
         yield x
 
 
+def kernels(jaxpr: core.ClosedJaxpr | core.Jaxpr) -> dict[tuple[str, str], float]:
+  """(name, sizes of the largest operand) of its Pallas kernels -> the bytes that one
+  says it moves. It may read a layer of a stack."""
+  found = {}
+  for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    if eqn.primitive.name == "pallas_call":
+      if cost := eqn.params.get("cost_estimate"):
+        largest = max((x.aval for x in eqn.invars), key=lambda x: x.size)
+        sizes = ",".join(map(str, largest.shape))
+        found[eqn.params.get("name"), sizes] = float(cost.bytes_accessed)
+    else:
+      for inner in _jaxprs(eqn.params):
+        found |= kernels(inner)
+  return found
+
+
 # -- bytes and collectives -------------------------------------------------------------
 
 
@@ -96,6 +112,14 @@ class Traffic:
   hbm: float  # bytes that its operations read and write
   sent: float  # bytes that collectives send
   collectives: dict[str, tuple[float, float]]  # kind -> (how many, bytes sent)
+
+  def __sub__(self, other: "Traffic") -> "Traffic":
+    kinds = {
+      kind: (n - (less := other.collectives.get(kind, (0, 0)))[0], size - less[1])
+      for kind, (n, size) in self.collectives.items()
+    }
+    kinds = {kind: value for kind, value in kinds.items() if value[0]}
+    return Traffic(self.hbm - other.hbm, self.sent - other.sent, kinds)
 
 
 _OP = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
@@ -109,8 +133,16 @@ _FREE = {
 }
 
 
-def traffic(text: str) -> Traffic:
-  """Of a compiled program's text (`compiled.as_text()`)."""
+def traffic(
+  text: str, *, turns: float = 1.0, said: dict[tuple[str, str], float] | None = None
+) -> Traffic:
+  """Of a compiled program.
+
+  Args:
+    text: `compiled.as_text()`.
+    turns: of a loop whose turns depend on the data; 0: what is outside of it.
+    said: `kernels` of its jaxpr, for a platform whose text does not repeat them.
+  """
   computations, entry = _computations(text)
   devices = re.search(r"num_partitions=(\d+)", text)
   devices = int(devices[1]) if devices else 1
@@ -127,9 +159,10 @@ def traffic(text: str) -> Traffic:
     for op in computations[name]:
       kind = op.kind.removesuffix("-start")
       if op.kind == "while":
-        exchange = _exchanges(computations, op.called["body"])
-        turns = 1 if exchange else _turns(computations, op.called["condition"])
-        add(walk(op.called["body"]), turns)
+        times = _turns(op, computations)
+        if _exchanges(computations, op.called["body"]):
+          times = 1.0
+        add(walk(op.called["body"]), turns if times is None else times)
       elif op.kind == "conditional":
         add(max(map(walk, op.called_too), key=lambda x: x["hbm", "bytes"]))
       elif op.kind in ("call", "call-start", "async-start"):
@@ -149,7 +182,10 @@ def traffic(text: str) -> Traffic:
               sent = _sent(kind, _bytes(op.shape), inner, devices)
               add({(kind, "number"): 1, (kind, "bytes"): sent})
       if op.kind not in _FREE and not op.kind.endswith("-done"):
-        add({("hbm", "bytes"): _moved(op, shapes, computations)})
+        size = _said(op, shapes, said or {})
+        if size is None:
+          size = _moved(op, shapes, computations)
+        add({("hbm", "bytes"): size})
     return totals
 
   found = walk(entry)
@@ -241,12 +277,21 @@ _SLICES = ("dynamic-slice", "gather", "slice")
 _WRITES = ("dynamic-update-slice", "scatter")
 
 
+def _said(op: _Op, shapes: dict, kernels: dict) -> float | None:
+  """Bytes of a kernel as it says itself."""
+  if op.kind != "custom-call":
+    return None
+  if said := re.search(r'"bytes_accessed":"(\d+)"', op.rest):
+    return float(said[1])
+  name = re.search(r'op_name="[^"]*?(\w+)/pallas_call"', op.rest)
+  largest = max((shapes.get(x, "") for x in op.operands), key=_bytes, default="")
+  sizes = _SHAPE.search(largest)
+  return kernels.get((name[1], sizes[2])) if name and sizes else None
+
+
 def _moved(op: _Op, shapes: dict, computations: dict) -> float:
   """Bytes of its operands and results. Of an array that is sliced, or written in part
-  where it lies, that part; of a kernel what it says of itself."""
-  said = re.search(r'"bytes_accessed":"(\d+)"', op.rest)
-  if op.kind == "custom-call" and said:
-    return float(said[1])
+  where it lies, that part."""
   sizes = [_hbm(shapes.get(x, "")) for x in op.operands]
   result = _hbm(op.shape)
   if op.kind.endswith("-start"):  # its shape holds the operand, and more, again
@@ -259,17 +304,10 @@ def _moved(op: _Op, shapes: dict, computations: dict) -> float:
   if op.kind != "fusion" or not inner:
     return result + sum(sizes)
   body = computations[inner[0]]
-  users = collections.defaultdict(list)
-  for user in body:
-    for at, x in enumerate(user.operands):
-      users[x].append((user, at))
   inside = {x.name: x.shape for x in body}
   for x in body:
-    if x.kind != "parameter":
-      continue
-    number = int(x.rest.split(")")[0])
-    if number < len(sizes) and users[x.name]:
-      sizes[number] = min(sizes[number], _read(x, users[x.name], inside))
+    if x.kind == "parameter" and (number := _number(x)) < len(sizes):
+      sizes[number] = min(sizes[number], _read(x, body, computations))
   written = [x for x in body if x.kind in _WRITES and _bytes(x.shape) == result]
   if written:
     result = sum(_bytes(inside.get(y, "")) for x in written for y in x.operands[1:])
@@ -281,21 +319,38 @@ def _hbm(shape: str) -> float:
   return _bytes(_ON_CHIP.sub("", shape))
 
 
-def _read(parameter: _Op, users: list, shapes: dict) -> float:
-  """Bytes of a fusion's parameter that its users read."""
-  total = 0.0
-  for user, at in users:
-    if at == 0 and user.kind in _SLICES:
-      total += _bytes(user.shape)
-    elif at == 0 and user.kind in _WRITES:
-      total += sum(_bytes(shapes.get(x, "")) for x in user.operands[1:])
-    else:
-      return _bytes(parameter.shape)
-  return total
+def _number(parameter: _Op) -> int:
+  return int(parameter.rest.split(")")[0])
 
 
-def _turns(computations: dict, condition: str) -> float:
-  """The constant that a loop counts to; 1 where there is none."""
+def _read(value: _Op, body: list[_Op], computations: dict) -> float:
+  """Bytes of a value that a fusion's body, and fusions in it, read."""
+  total, shapes = 0.0, {x.name: x.shape for x in body}
+  for user in body:
+    for at, operand in enumerate(user.operands):
+      if operand != value.name:
+        continue
+      if at == 0 and user.kind in _SLICES:
+        total += _bytes(user.shape)
+      elif at == 0 and user.kind in _WRITES:
+        total += sum(_bytes(shapes.get(x, "")) for x in user.operands[1:])
+      elif user.kind == "bitcast":
+        total += _read(user, body, computations)
+      elif user.kind == "fusion" and user.called_too[0] in computations:
+        inner = computations[user.called_too[0]]
+        parameters = {_number(x): x for x in inner if x.kind == "parameter"}
+        total += _read(parameters[at], inner, computations)
+      else:
+        return _bytes(value.shape)
+  # Of a value that nobody uses, all: a fusion's operand is there for something.
+  return min(total or _bytes(value.shape), _bytes(value.shape))
+
+
+def _turns(loop: _Op, computations: dict) -> float | None:
+  """What XLA says of it, or the constant that it counts to; None without."""
+  if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+    return float(known[1])
+  condition = loop.called["condition"]
   constants = [
     int(value[1])
     for op in computations.get(condition, ())
@@ -304,7 +359,7 @@ def _turns(computations: dict, condition: str) -> float:
   ]
   # A condition that joins several depends on the data too.
   joined = any(op.kind == "and" for op in computations.get(condition, ()))
-  return 1.0 if joined or not constants else float(max(constants))
+  return None if joined or not constants else float(max(constants))
 
 
 def _bytes(shape: str) -> float:

@@ -28,7 +28,7 @@ from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import NumericalError, UserError
 from r1jax.models import cache as caches
 from r1jax.models import sequence
-from r1jax.models.policy import Policy, layers_of
+from r1jax.models.policy import Policy, gathered, layers_of
 from r1jax.prompts import PromptBatch, pad_left
 from r1jax.sampling import Sampler
 from r1jax.slots import Decoding
@@ -206,6 +206,8 @@ def advance(
   that stands in the batch for the n-th time goes on counting: its samples are n * G +
   g.)
   """
+  if s.gather_weights:
+    params = gathered(policy, params)
   variables = {"params": params, "router": router}
   layers = layers_of(variables) if carry.cache.split else None
   turn = step if carry.draft_cache is None else speculative.step

@@ -26,6 +26,10 @@ class Sampler:
   min_p: float = 0.0  # 0: all
   slots: int = 0  # rows that decode at once; 0: all outputs
   cache_tokens: int = 0  # that the cache may hold of outputs (levels.py); 0: no bound
+  # Weights that a mesh cuts along fsdp and expert are gathered once for the loop that
+  # decodes, those of routed experts excepted; False: by each layer at every token,
+  # which holds less.
+  gather_weights: bool = True
   # Draft by the MTP module (speculative.py): "off", "on", or "auto": where the policy
   # has one and so few rows decode that a second token each is nearly free.
   speculative: str = "off"

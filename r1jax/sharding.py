@@ -36,14 +36,16 @@ _FSDP = {
   "experts": "expert",
   "expert_embed": "fsdp",
   "expert_ffn": "tensor",
-  "latent": None,
+  "router": None,
+  "latent": WIDTH,  # where `embed` has not taken them
   "head_dim": None,
   "norm": None,
   "layers": None,
 }
 RULES = {
   "fsdp": _FSDP,  # weights are gathered where a layer uses them
-  "replicated": _FSDP | {"embed": None},  # those that are not of experts are whole
+  "replicated": _FSDP
+  | {"embed": None, "latent": None},  # those that are not of experts are whole
 }
 
 
@@ -125,8 +127,20 @@ def _over_slices(sizes: Mapping[str, int], slices: int) -> tuple[tuple, tuple]:
   )
 
 
+def tree_specs(boxed: Any, rules: str = "fsdp") -> Any:
+  """PartitionSpecs for a tree of `nn.Partitioned` boxes (the shapes of an init).
+
+  Raises:
+    UserError: there are no such rules.
+  """
+  if rules not in RULES:
+    raise UserError(f"config.model.rules={rules!r} is not one of {sorted(RULES)}.")
+  table = tuple(RULES[rules].items())
+  return nn.logical_to_mesh(nn.get_partition_spec(boxed), table)
+
+
 def tree_shardings(boxed: Any, mesh: Mesh, rules: str = "fsdp") -> Any:
-  """NamedShardings for a tree of `nn.Partitioned` boxes (the shapes of an init).
+  """NamedShardings for a tree of `nn.Partitioned` boxes.
 
   Args:
     boxed: the tree.
@@ -137,10 +151,6 @@ def tree_shardings(boxed: Any, mesh: Mesh, rules: str = "fsdp") -> Any:
     UserError: an axis of a weight does not divide over its mesh axes, or there are no
       such rules.
   """
-  if rules not in RULES:
-    raise UserError(f"config.rules={rules!r} is not one of {sorted(RULES)}.")
-  table = tuple(RULES[rules].items())
-  specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), table)
 
   def layout(path, spec, shape):
     for size, axes in zip(shape.shape, spec, strict=False):
@@ -154,8 +164,9 @@ def tree_shardings(boxed: Any, mesh: Mesh, rules: str = "fsdp") -> Any:
         )
     return NamedSharding(mesh, spec)
 
+  specs, is_spec = tree_specs(boxed, rules), lambda x: isinstance(x, P)
   return jax.tree_util.tree_map_with_path(
-    layout, specs, nn.unbox(boxed), is_leaf=lambda x: isinstance(x, P)
+    layout, specs, nn.unbox(boxed), is_leaf=is_spec
   )
 
 

@@ -78,4 +78,4 @@ def shardings(
       reference=Reference(params, router) if reference else None,
     )
 
-  return sharding.tree_shardings(jax.eval_shape(boxed), mesh)
+  return sharding.tree_shardings(jax.eval_shape(boxed), mesh, policy.config.rules)

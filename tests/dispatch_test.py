@@ -3,6 +3,7 @@ one round of buffers or several, with and without drops."""
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def by_hand(x, gates, weights, experts):
 def run(arrays, experts, sizes, **changes):
   """(output, gradients by x, gates and weights, dropped)."""
   c = dataclasses.replace(SIZES, **changes)
-  way = jnp.asarray(np.random.default_rng(5).normal(size=(B, T, D)), jnp.float32)
+  way = np.random.default_rng(5).normal(size=arrays[0].shape).astype(np.float32)
 
   def loss(arrays):
     x, gates, weights = arrays
@@ -116,6 +117,27 @@ def test_an_exchange_gives_the_same_output_and_gradient(sizes, skew):
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
   assert dropped == 0
+
+
+def test_one_token_a_row_is_served_by_parts_of_experts():
+  """As when decoding: tokens do not divide over `tensor`, so the FFNs do, and nobody
+  gathers a matrix."""
+  arrays, experts = inputs()
+  arrays = arrays[0][:, :1], arrays[1][:, :1], arrays[2]
+  experts = experts[:, :1]
+  sizes = dict(expert=2, tensor=2)
+  out, grads, _ = run(arrays, experts, sizes)
+  np.testing.assert_allclose(out, by_hand(*arrays, experts), rtol=1e-4, atol=1e-5)
+  want = run(arrays, experts, None)[1]
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+  mesh = sharding.make_mesh(jax.devices()[:4], **sizes)
+  with jax.set_mesh(mesh):
+    x, gates, weights = arrays
+    made = jax.make_jaxpr(lambda *a: dispatch.routed(*a, SIZES))
+    jaxpr = str(made(x, experts, gates, weights))
+  assert "all_gather" in jaxpr  # along fsdp, of one device
+  assert not re.search(r"all_gather\[[^\]]*tensor", jaxpr)
 
 
 def test_dropping_serves_what_fits_and_says_how_much_did_not():

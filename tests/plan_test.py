@@ -152,6 +152,50 @@ def test_traffic_counts_loops_and_collectives():
   assert traffic.hbm >= 7 * 2 * 4096
 
 
+def test_what_a_call_does_beside_its_turns_is_told_apart():
+  w = jnp.ones((64, 64))
+
+  def f(x):
+    x = x @ w  # once
+    return jax.lax.while_loop(lambda x: x.sum() < 9.0, lambda x: jnp.sin(x @ w), x)
+
+  text = jax.jit(f).lower(jnp.ones((64, 64))).compile().as_text()
+  call, turn, three = (program_cost.traffic(text, turns=n).hbm for n in (0, 1, 3))
+  assert 0 < call < turn
+  assert three - call == pytest.approx(3 * (turn - call))
+
+
+FUSED = """
+%slice (a: f32[58,8,4], i: s32[]) -> f32[8,4] {
+  %a = f32[58,8,4]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = f32[1,8,4]{2,1,0} dynamic-slice(%a, %i, %zero, %zero), dims
+  ROOT %flat = f32[8,4]{1,0} bitcast(%one)
+}
+
+%product (w: f32[58,8,4], n: s32[], x: f32[2,8]) -> f32[2,4] {
+  %w = f32[58,8,4]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %x = f32[2,8]{1,0} parameter(2)
+  %layer = f32[8,4]{1,0} fusion(%w, %n), kind=kLoop, calls=%slice
+  ROOT %y = f32[2,4]{1,0} dot(%x, %layer), lhs_contracting_dims={1}
+}
+
+ENTRY %main (w: f32[58,8,4], n: s32[], x: f32[2,8]) -> f32[2,4] {
+  %w = f32[58,8,4]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %x = f32[2,8]{1,0} parameter(2)
+  ROOT %y = f32[2,4]{1,0} fusion(%w, %n, %x), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_a_layer_that_a_fusion_in_a_fusion_slices_counts_by_itself():
+  layer, x, y = 8 * 4 * 4, 2 * 8 * 4, 2 * 4 * 4
+  assert program_cost.traffic(FUSED).hbm == pytest.approx(layer + x + y, abs=8)
+
+
 @pytest.mark.parametrize(
   "text, devices",
   [

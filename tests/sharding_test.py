@@ -188,7 +188,7 @@ def test_other_rules_leave_weights_whole():
   for tree, parts in ((cut, 8), (whole, 1)):
     layout = functools.reduce(lambda t, k: t[k], w_o, tree)
     assert layout.shard_shape((1, 2, 8, 32))[-1] * parts == 32
-  with pytest.raises(UserError, match=r"config\.rules='other'.*fsdp"):
+  with pytest.raises(UserError, match=r"config\.model\.rules='other'.*fsdp"):
     sharding.tree_shardings(boxed, mesh, "other")
 
 

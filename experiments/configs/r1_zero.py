@@ -48,7 +48,6 @@ def tiny() -> ConfigDict:
   c.mesh.expert = 1  # rows, weights likewise, and each routed expert on one part
   c.mesh.tensor = 1  # heads and the width of FFNs; tokens between the layers
   c.mesh.context = 1  # tokens of a row
-  c.rules = "fsdp"  # or "replicated": weights are not cut along fsdp
   c.compilation_cache = ""  # folder; "": the user's cache folder; "off": none
   c.profile_steps = (0, 0)  # updates of RL, (first, last), to profile; (0, 0): none
 
@@ -126,6 +125,7 @@ def tiny() -> ConfigDict:
   c.grpo.min_p = 0.0  # and from tokens this times as likely as the likeliest; 0: all
   c.grpo.slots = 0  # outputs that decode at once; 0: all of them
   c.grpo.cache_tokens = 0  # of outputs that the cache may hold; 0: no bound
+  c.grpo.gather_weights = True  # for decoding: once, not by each layer at every token
   c.grpo.speculative = "off"  # "on": drafts by the MTP module; "auto": where it pays
   c.grpo.keep_sampling_mask = True  # the ratio is taken over the sampled support
   c.grpo.reference_refresh = 40  # updates
@@ -192,7 +192,11 @@ def model_options(preset: str) -> ConfigDict:
   for size in ("active_experts", "mtp_depth", "kv_heads", "head_dim"):
     m[size] = placeholder(int)
   m.moe = placeholder(str)  # "dense": every expert on every token; "ragged"
+  m.expert_capacity = placeholder(float)  # room of an exchange over its even share
+  m.drop_tokens = placeholder(bool)  # what has no room is dropped
+  m.remat = placeholder(str)  # kept by layers: "all", "dots", "attention", "nothing"
   m.implementation = placeholder(str)  # of attention and experts (docs/kernels.md)
+  m.rules = placeholder(str)  # of weights on the mesh: "fsdp", "replicated"
   return m
 
 

@@ -98,6 +98,7 @@ class PolicyConfig:
   # Layers a turn of the loop over them: more compile longer, and on a CPU save copies.
   unroll: int = 1
   implementation: str = "auto"  # of attention and experts (implementation.py)
+  rules: str = "fsdp"  # how weights lie on the mesh (sharding.RULES)
 
   def __post_init__(self):
     if self.attention not in ONLY:
@@ -243,6 +244,34 @@ def v3_671b(vocab: int = 129_280, **changes) -> PolicyConfig:
   return PolicyConfig(vocab=vocab, **{**sizes, **changes})
 
 
+def moonlight_16b(vocab: int = 163_840, **changes) -> PolicyConfig:
+  """Moonlight-16B-A3B (arXiv 2502.16982): V3's architecture at 16 B parameters, 3 B
+  active a token, without query latent, groups of experts and YaRN."""
+  sizes = dict(
+    width=2048,
+    layers=27,
+    dense_layers=1,
+    heads=16,
+    kv_latent=512,
+    nope_dim=128,
+    rope_dim=64,
+    v_dim=128,
+    dense_ffn=11_264,
+    expert_ffn=1408,
+    experts=64,
+    active_experts=6,
+    shared_experts=2,
+    route_scale=2.446,
+    rope_theta=50_000.0,
+    norm_eps=1e-5,
+    init_std=0.02,
+    dtype="bfloat16",
+    moe="ragged",
+    remat="nothing",
+  )
+  return PolicyConfig(vocab=vocab, **{**sizes, **changes})
+
+
 def _dense(vocab: int, sizes: dict, changes: dict) -> PolicyConfig:
   sizes = dict(attention="gqa") | sizes | changes
   return PolicyConfig(vocab=vocab, **{"dense_layers": sizes["layers"], **sizes})
@@ -310,7 +339,7 @@ def llama_70b(vocab: int = 128_256, **changes) -> PolicyConfig:
 PRESETS = {
   preset.__name__: preset
   for preset in (
-    *(tiny, v3_671b, tiny_dense, qwen2_5_1_5b, qwen2_5_7b, qwen2_5_14b, qwen2_5_32b),
-    *(llama_8b, llama_70b),
+    *(tiny, v3_671b, moonlight_16b, tiny_dense, qwen2_5_1_5b, qwen2_5_7b, qwen2_5_14b),
+    *(qwen2_5_32b, llama_8b, llama_70b),
   )
 }

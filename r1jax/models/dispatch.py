@@ -61,10 +61,15 @@ def routed(
   )
 
   count = weights[0].shape[0]
+  # Where tokens are not cut along `tensor`, as when decoding, the experts' FFNs are.
+  narrow = "tensor" not in jax.tree.leaves(tuple(cut)) and specs[0][2] == "tensor"
+  axes = ("fsdp",) if narrow else ("fsdp", "tensor")
 
   def local(x, experts, gates, *weights):
-    weights = tuple(map(_gathered, weights, specs))
+    weights = [_gathered(*pair, axes) for pair in zip(weights, specs, strict=True)]
     out, dropped = _exchanged(x, experts, gates, weights, config, mesh.shape["expert"])
+    if narrow:
+      out = jax.lax.psum(out, "tensor")
     pairs = (experts < count).sum()
     dropped, pairs = jax.lax.psum((dropped, pairs), tuple(mesh.axis_names))
     return out, dropped / jnp.maximum(pairs, 1)
@@ -85,10 +90,10 @@ def _if_divides(mesh, size, axes):
   return axes if size % sharding.parts_of(mesh, axes) == 0 else None
 
 
-def _gathered(w, spec):
-  """The whole matrices of this device's experts."""
+def _gathered(w, spec, axes):
+  """The matrices of this device's experts, whole along these axes of the mesh."""
   for axis in (1, 2):
-    if axis < len(spec) and spec[axis] is not None:
+    if spec[axis] in axes:
       w = jax.lax.all_gather(w, spec[axis], axis=axis, tiled=True)
   return w
 

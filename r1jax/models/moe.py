@@ -120,7 +120,7 @@ class MoE(nn.Module):
       (self.config.width, self.config.expert_ffn, self.config.experts),
     )
     w_router = weight(
-      self, "w_router", (d, e), ("embed", None), fan_in=d, std=c.init_std
+      self, "w_router", (d, e), ("embed", "router"), fan_in=d, std=c.init_std
     )
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
     bias = self.variable("router", "bias", lambda: zeros(None, (e,), jnp.float32)).value

@@ -4,6 +4,8 @@ One forward definition serves trainer and sampler: `__call__` runs whole sequenc
 returns the cache entries of every layer, `decode` runs new tokens on such a cache.
 """
 
+import functools
+
 from flax import linen as nn
 from flax import struct
 import jax
@@ -350,6 +352,34 @@ def layers_of(variables: dict) -> list:
     count = len(jax.tree.leaves(stack)[0]) if stack else 0
     found += [jax.tree.map(lambda w, i=i: w[i], stack) for i in range(count)]
   return found
+
+
+def gathered(policy: Policy, params: dict) -> dict:
+  """The weights as a loop that decodes reads them at every token: cast to the dtype of
+  activations where a layer would, and whole along `fsdp` and `expert` (the rules
+  "replicated"). Inside of jit; values do not change.
+
+  Args:
+    policy: the network.
+    params: its parameters.
+  """
+  boxed = _boxes(policy)
+  on_mesh = not jax.sharding.get_abstract_mesh().empty
+
+  def one(box, w, spec):
+    # The router and norms compute in float32.
+    if not {"router", "norm"} & set(box.names):
+      w = w.astype(policy.config.compute_dtype)
+    return jax.lax.with_sharding_constraint(w, spec) if on_mesh else w
+
+  is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+  specs = sharding.tree_specs(boxed, "replicated")
+  return jax.tree.map(one, boxed, params, specs, is_leaf=is_box)
+
+
+@functools.cache
+def _boxes(policy: Policy) -> dict:
+  return jax.eval_shape(lambda: init(policy, jax.random.key(0)))[0]
 
 
 def init(policy: Policy, key: jax.Array) -> tuple[dict, dict]:
