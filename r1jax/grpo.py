@@ -31,7 +31,7 @@ from r1jax.experience import (
   shuffled,
 )
 from r1jax.models import moe
-from r1jax.models.policy import Policy
+from r1jax.models.policy import Policy, cast
 from r1jax.moe_losses import auxiliary_losses
 from r1jax.optimizer import accumulate, accumulate_while, descend
 from r1jax.policy_loss import Totals, policy_loss
@@ -147,10 +147,11 @@ def update(
     )
     return loss + extra, ({**metrics, **figures}, load, per_token)
 
+  weights = cast(policy, state.params)
   if c.pack:
-    found = accumulate_packed(loss_fn, state.params, rows, c)
+    found = accumulate_packed(loss_fn, weights, rows, c)
   else:
-    found = accumulate(loss_fn, state.params, rows, c.micro_batches, c.unit)
+    found = accumulate(loss_fn, weights, rows, c.micro_batches, c.unit)
   grads, metrics, load, per_token = found
   learnt = rows.mask.any()  # not of empty slots, masked or lost samples alone
   params, opt_state = descend(

@@ -119,6 +119,13 @@ def descend(
   return jax.tree.map(lambda a, b: jnp.where(learnt, a, b), new, (params, opt_state))
 
 
+def _zeros(shapes, wide=True):
+  """Sums to begin with; of gradients in float32, whatever those of a part are in."""
+  return jax.tree.map(
+    lambda x: jnp.zeros(x.shape, jnp.float32 if wide else x.dtype), shapes
+  )
+
+
 def accumulate_while(
   loss_fn: Callable[[Any, jax.Array], tuple[jax.Array, tuple[dict, Any, Any]]],
   params: Any,
@@ -150,7 +157,7 @@ def accumulate_while(
     k: jnp.full(x.shape, -jnp.inf if k.endswith("_max") else 0, x.dtype)
     for k, x in metrics.items()
   }
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, *rest))
+  zeros = _zeros(grads), *_zeros(rest, wide=False)
   metrics, (grads, *rest) = jax.lax.fori_loop(0, parts, add, (metrics, zeros))
   return grads, metrics, *rest
 
@@ -204,7 +211,7 @@ def accumulate(
     return jax.tree.map(jnp.add, total, (grads, counts)), (metrics, per_row)
 
   shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][1]))
+  zeros = _zeros(shapes[0]), _zeros(shapes[1][1], wide=False)
   (grads, counts), (metrics, per_row) = jax.lax.scan(add, zeros, parts)
   metrics = {
     k: v.max(axis=0) if k.endswith("_max") else v.sum(axis=0)

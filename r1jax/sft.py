@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from r1jax.models import moe
-from r1jax.models.policy import Policy
+from r1jax.models.policy import Policy, cast
 from r1jax.models.sequence import Sequence
 from r1jax.optimizer import OptimizerConfig, accumulate, descend
 from r1jax.train_state import TrainState
@@ -114,7 +114,9 @@ def step(
     )
     return loss, (*aux, ())
 
-  grads, metrics, load, _ = accumulate(loss, state.params, pages, micro_batches)
+  grads, metrics, load, _ = accumulate(
+    loss, cast(policy, state.params), pages, micro_batches
+  )
   params, opt_state = descend(optimizer, grads, state.params, state.opt_state)
   state = state.replace(
     step=state.step + 1,
