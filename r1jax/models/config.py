@@ -11,7 +11,12 @@ from r1jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-  """YaRN context extension (arXiv 2309.00071) as DeepSeek-V3 sets it."""
+  """YaRN context extension (arXiv 2309.00071) as DeepSeek-V3 sets it.
+
+  Queries and keys turn and grow by m(mscale) / m(mscale_all_dim), and the scores of
+  latent attention by m(mscale_all_dim)^2, with m(x) = 0.1 x ln(factor) + 1. Qwen2.5's
+  is mscale=1, mscale_all_dim=0.
+  """
 
   factor: float = 40.0
   original_length: int = 4096
@@ -33,7 +38,7 @@ class Llama3:
 
 # Sizes and choices of one attention alone, and those of its sizes that must be set.
 ONLY = {
-  "mla": ("q_latent", "kv_latent", "nope_dim", "rope_dim", "v_dim", "yarn"),
+  "mla": ("q_latent", "kv_latent", "nope_dim", "rope_dim", "v_dim"),
   "gqa": ("kv_heads", "head_dim", "qkv_bias", "qk_norm", "llama3"),
 }
 SIZES = {
@@ -43,14 +48,16 @@ SIZES = {
 
 
 REMAT = ("all", "dots", "attention", "nothing")
+SCORING = ("sigmoid", "softmax")
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
   """A pre-norm decoder; the letters are the README's.
 
-  With attention "mla": DeepSeek-V3 (arXiv 2412.19437, section 2.1). With "gqa" and
-  dense layers alone: Llama 3 (2407.21783), Qwen2.5 (2412.15115), Qwen3 (2505.09388).
+  With attention "mla": DeepSeek-V3 (arXiv 2412.19437, section 2.1), and with scoring
+  "softmax" V2 (2405.04434). With "gqa" and dense layers alone: Llama 3 (2407.21783),
+  Qwen2.5 (2412.15115), Qwen3 (2505.09388); with experts, Qwen3's (the same report).
   """
 
   vocab: int  # V
@@ -66,13 +73,14 @@ class PolicyConfig:
   nope_dim: int = 0  # K, the part of a query or key head without position
   rope_dim: int = 0  # R, the part with RoPE; the key's is one head shared by all
   v_dim: int = 0
-  yarn: Yarn | None = None
+  latent_eps: float = 1e-6  # of the latents' norms; released code has it apart
   # -- grouped-query attention (arXiv 2305.13245)
   kv_heads: int = 0  # Hk, key and value heads; each serves H / Hk query heads
   head_dim: int = 0  # K
   qkv_bias: bool = False  # Qwen2: of queries, keys and values; none of the output
   qk_norm: bool = False  # Qwen3: RMSNorm of query and key heads before RoPE
   llama3: Llama3 | None = None
+  yarn: Yarn | None = None  # of either attention
   # -- experts, of layers that are not dense and of the MTP module
   expert_ffn: int = 0  # F
   experts: int = 0  # E, routed
@@ -80,6 +88,7 @@ class PolicyConfig:
   shared_experts: int = 0  # one FFN of width shared_experts * F
   expert_groups: int = 1
   active_groups: int = 1
+  scoring: str = "sigmoid"  # an expert's affinity by itself; "softmax": among all
   renormalise: bool = True  # gate values divided by their sum
   route_scale: float = 1.0  # and multiplied by this
   mtp_depth: int = 0  # multi-token-prediction modules (0 or 1)
@@ -130,6 +139,11 @@ class PolicyConfig:
         for other in ONLY
         if other != self.attention
         for s in ONLY[other]
+      ),
+      (not (self.yarn and self.llama3), "yarn and llama3 exclude each other"),
+      (
+        self.scoring in SCORING,
+        f"scoring={self.scoring!r} must be one of {list(SCORING)}",
       ),
       (self.rope_dim % 2 == 0, f"rope_dim={self.rope_dim} must be even"),
       (self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even"),

@@ -33,13 +33,13 @@ class MLA(nn.Module):
       )
     else:
       self.w_dq = new("w_dq", (c.width, c.q_latent), ("embed", "latent"), c.width)
-      self.q_norm = RMSNorm(c.norm_eps)
+      self.q_norm = RMSNorm(c.latent_eps)
       self.w_uq = new(
         "w_uq", (c.q_latent, c.heads, qk), ("latent", "heads", "head_dim"), c.q_latent
       )
     entry = c.kv_latent + c.rope_dim
     self.w_dkv = new("w_dkv", (c.width, entry), ("embed", "latent"), c.width)
-    self.kv_norm = RMSNorm(c.norm_eps)
+    self.kv_norm = RMSNorm(c.latent_eps)
     axes = ("latent", "heads", "head_dim")
     self.w_uk = new("w_uk", (c.kv_latent, c.heads, c.nope_dim), axes, c.kv_latent)
     self.w_uv = new("w_uv", (c.kv_latent, c.heads, c.v_dim), axes, c.kv_latent)

@@ -34,24 +34,25 @@ def choose_experts(
   """Group-limited top-k on scores + bias; gate values from the scores alone.
 
   Args:
-    scores: [..., E] float32 sigmoid affinities s.
+    scores: [..., E] float32 affinities s.
     bias: [E] float32 selection bias b.
-    config: groups, active groups and experts, renormalisation, scale.
+    config: scoring, groups, active groups and experts, renormalisation, scale.
 
   Returns:
     (experts [..., A] int32, gates [..., A] float32): the A experts with the highest
-    s + b within the groups whose two best s + b sum highest, and
-    g = s / sum(s) * scale.
+    s + b within the groups whose two best s + b sum highest (V2's softmax: whose best
+    is highest), and g = s / sum(s) * scale.
   """
   c = config
   choice = jax.lax.stop_gradient(scores) + bias.reshape(*[1] * (scores.ndim - 1), -1)
   if c.expert_groups > 1:
     grouped = choice.reshape(*choice.shape[:-1], c.expert_groups, -1)
-    best_two, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
-    _, kept = jax.lax.top_k(best_two.sum(-1), c.active_groups)
+    best = min(1 if c.scoring == "softmax" else 2, grouped.shape[-1])
+    best, _ = jax.lax.top_k(grouped, best)
+    _, kept = jax.lax.top_k(best.sum(-1), c.active_groups)
     keep = jax.nn.one_hot(kept, c.expert_groups, dtype=jnp.bool_).any(axis=-2)
-    # Differs: Hugging Face fills dropped groups with 0, which a kept expert with
-    # s + b < 0 would lose to. DeepSeek's own code uses -inf.
+    # As DeepSeek's own code. Older transformers fill dropped groups with 0, which a
+    # kept expert with s + b < 0 loses to.
     choice = jnp.where(keep[..., None], grouped, -jnp.inf).reshape(choice.shape)
   _, experts = jax.lax.top_k(choice, c.active_experts)
   return experts, gate_values(scores, experts, c)
@@ -132,7 +133,8 @@ class MoE(nn.Module):
       self, "w_down", (e, f, d), axes_out, fan_in=2 * c.layers * f, std=c.init_std
     )
 
-    scores = jax.nn.sigmoid(x.astype(jnp.float32) @ w_router)
+    score = jax.nn.softmax if c.scoring == "softmax" else jax.nn.sigmoid
+    scores = score(x.astype(jnp.float32) @ w_router)
     own, gates = choose_experts(scores, bias, c)
     experts = own
     if replay is not None:

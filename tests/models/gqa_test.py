@@ -437,7 +437,11 @@ def test_more_layers_of_a_dense_preset_are_dense_too():
     ("tiny_dense", dict(head_dim=7), "head_dim=7 must be even"),
     ("tiny_dense", dict(attention="mqa"), "attention='mqa' must be 'mla' or 'gqa'"),
     ("tiny_dense", dict(kv_latent=16), "kv_latent=16 is of attention='mla'.*leave it"),
-    ("tiny_dense", dict(yarn=config.Yarn()), "yarn=.* is of attention='mla'"),
+    (
+      *("tiny_dense", dict(yarn=config.Yarn(), llama3=config.Llama3())),
+      "yarn and llama3 exclude each other",
+    ),
+    ("tiny", dict(scoring="relu"), "scoring='relu' must be one of"),
     ("tiny_dense", dict(dense_layers=2), "expert_ffn=0 .*dense_layers=layers"),
     ("tiny_dense", dict(mtp_depth=1), "expert_ffn=0 .*mtp_depth=0"),
     ("tiny", dict(kv_heads=2), "kv_heads=2 is of attention='gqa'.*leave it out"),
