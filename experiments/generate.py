@@ -75,9 +75,9 @@ def answers(options: argparse.Namespace) -> dict[str, list[dict]]:
   from r1jax import prompts, rollout, run
 
   kept = run.load(pathlib.Path(options.folder), base=options.base)
-  template = dict(
-    template=kept.config.data.template, prefill_think=kept.config.data.prefill_think
-  )
+  d = kept.config.data
+  template = dict(template=d.template, prefill_think=d.prefill_think)
+  template |= dict(tokenizer=kept.tokenizer, examples=d.get("examples", 0))
   texts = [
     prompt if options.raw else prompts.render(problem=prompt, **template)
     for prompt in options.prompt

@@ -21,6 +21,7 @@ from r1jax import fine_tuning, report, settings, sft, sharding, token_report
 from r1jax.data import corpus
 from r1jax.errors import UserError
 from r1jax.metrics import MetricsFile, write_json
+from r1jax.models import hf
 from r1jax.progress import Clock, Progress
 from r1jax.reinforcement import reinforce
 from r1jax.rewards.verdict import OUTCOMES
@@ -37,10 +38,10 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
   """A whole run, or what is left of it. Returns the summary."""
   console = rich.console.Console(quiet=jax.process_index() > 0)
   settings.check(config, len(jax.devices()))
-  if not config.pretrain.steps:
+  if not config.pretrain.steps and not config.model.folder:
     raise UserError(
-      "config.pretrain.steps=0: RL starts from a base, and r1jax cannot read a"
-      " published one. Set pretrain.steps to train one on the task's pages."
+      "config.pretrain.steps=0: RL starts from a base. Name a Hugging Face checkpoint"
+      " by config.model.folder, or set pretrain.steps to train one on the task's pages."
     )
   for sentence in settings.idle(config):
     console.print(sentence, style="yellow", highlight=False, soft_wrap=True)
@@ -62,7 +63,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
       this = prepare(config, workdir, mesh, clock, progress)
     clock.record(workdir / "events.jsonl")
     with contextlib.closing(this):
-      params, router = pretrain(this)
+      params, router = base(this)
       reinforce(this, params, router)
       summary = conclude(this)
   show(console, workdir, summary)
@@ -71,6 +72,15 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
 
 
 # -- the base ------------------------------------------------------------------
+
+
+def base(this: Run) -> tuple[Any, Any]:
+  """The base's (params, router): of a checkpoint, or trained on the task's pages."""
+  if folder := this.config.model.folder:
+    this.progress.say(f"base: reading {folder}")
+    with this.clock.phase("restore"):
+      return hf.load(folder, this.mesh, **settings.computed(this.config))[1:]
+  return pretrain(this)
 
 
 def pretrain(this: Run) -> tuple[Any, Any]:

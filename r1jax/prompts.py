@@ -6,6 +6,7 @@ from flax import struct
 import jax
 import numpy as np
 
+from r1jax.data.hf_tokenizer import HFTokenizer
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
 
@@ -23,6 +24,32 @@ TEMPLATES = {
   "short": "<|User|>{problem}<|Assistant|>",
 }
 
+# What `chat` says after the problem, in the user's turn: every model has one.
+CHAT = "chat"
+INSTRUCTION = (
+  "First think about the reasoning process and then provide the answer. The reasoning"
+  " process and answer are enclosed within <think>...</think> and <answer>...</answer>"
+  " tags, respectively, i.e., <think> reasoning process here </think> <answer> answer"
+  " here </answer>."
+)
+
+# Worked examples, as earlier turns of the conversation: a small model does as they do
+# where it does not do as it is told.
+EXAMPLES = (
+  (
+    "Tom has 3 apples and buys 4 more. How many apples does he have?",
+    "<think> Tom starts with 3. 3 + 4 = 7. </think> <answer> 7 </answer>",
+  ),
+  (
+    "A box holds 6 pens. How many pens are in 5 boxes?",
+    "<think> Each box has 6. 5 * 6 = 30. </think> <answer> 30 </answer>",
+  ),
+  (
+    "Ann had 20 coins, lost 8, then found 5. How many coins does she have?",
+    "<think> 20 - 8 = 12. 12 + 5 = 17. </think> <answer> 17 </answer>",
+  ),
+)
+
 _SYMBOL = re.compile(r"<(?=/?(?:think|answer)>|\|(?:User|Assistant)\|>)")
 
 
@@ -36,36 +63,93 @@ class PromptBatch:
   ids: jax.Array  # B int32, the problem's place in its source
 
 
-def render(template: str, problem: str, *, prefill_think: bool) -> str:
+def render(
+  template: str,
+  problem: str,
+  *,
+  prefill_think: bool,
+  tokenizer: Tokenizer | HFTokenizer | None = None,
+  examples: int = 0,
+) -> str:
   """The prompt's text.
 
-  Tags and role symbols inside the user's problem are broken up ("< think>"), so that a
-  problem cannot open a think block or speak for the assistant.
+  A problem cannot open a think block or speak for the assistant. Tags and role symbols
+  inside it are broken up ("< think>"), and with a published model's tokenizer what
+  would become one of its control tokens is quoted (HFTokenizer.quote).
 
   Args:
-    template: a name in TEMPLATES.
+    template: a name in TEMPLATES, or `chat`: the model's own chat template.
     problem: the user's text.
     prefill_think: end the prompt with an opened `<think>`, so that the completion holds
       only what follows it.
+    tokenizer: of the model; `chat` needs it, and so does quoting.
+    examples: EXAMPLES that `chat` shows before, in place of its instruction.
 
   Raises:
-    UserError: unknown template.
+    UserError: unknown template, or `chat` without a chat template, or one that opens
+      `<think>` where prefill_think does not say so.
   """
-  if template not in TEMPLATES:
+  if template not in (CHAT, *TEMPLATES):
     raise UserError(
       f"config.data.template={template!r} is not a template. Choose one of"
-      f" {sorted(TEMPLATES)} (r1jax/prompts.py)."
+      f" {sorted((CHAT, *TEMPLATES))} (r1jax/prompts.py)."
     )
+  if isinstance(tokenizer, HFTokenizer):
+    problem = tokenizer.quote(problem)
+  if template == CHAT:
+    return _chat(problem, tokenizer, prefill_think, examples)
   text = TEMPLATES[template].replace("{problem}", _SYMBOL.sub("< ", problem))
   return text + ("<think>" if prefill_think else "")
 
 
+def _chat(
+  problem: str,
+  tokenizer: Tokenizer | HFTokenizer | None,
+  prefill_think: bool,
+  examples: int,
+) -> str:
+  chat = tokenizer.chat if isinstance(tokenizer, HFTokenizer) else None
+  if chat is None:
+    raise UserError(
+      f"config.data.template='chat' needs a model with a chat template, and"
+      f" {getattr(tokenizer, 'where', 'this tokenizer')} has none. Choose one of"
+      f" {sorted(TEMPLATES)}."
+    )
+  turns = [turn for pair in EXAMPLES[:examples] for turn in pair]
+  turns.append(problem if turns else f"{problem}\n\n{INSTRUCTION}")
+  roles = ("user", "assistant") * len(turns)
+  pairs = zip(roles, turns, strict=False)
+  text = chat.render([{"role": role, "content": turn} for role, turn in pairs])
+  opened = text.rstrip().endswith("<think>")
+  if opened and not prefill_think:
+    raise UserError(
+      "config.data.prefill_think=False and this model's chat template ends prompts with"
+      " <think>: its completions begin inside the thinking. Set"
+      " config.data.prefill_think=True."
+    )
+  return text if opened or not prefill_think else text + "<think>\n"
+
+
 def encode(
-  problem: str, tokenizer: Tokenizer, *, template: str, prefill_think: bool
+  problem: str,
+  tokenizer: Tokenizer | HFTokenizer,
+  *,
+  template: str,
+  prefill_think: bool,
+  examples: int = 0,
 ) -> list[int]:
-  """BOS and the rendered prompt's tokens."""
-  text = render(template, problem, prefill_think=prefill_think)
-  return [tokenizer.bos_id, *tokenizer.encode(text)]
+  """The rendered prompt's tokens, after BOS; a chat template writes its own or none."""
+  how = dict(prefill_think=prefill_think, tokenizer=tokenizer, examples=examples)
+  text = render(template, problem, **how)
+  ids = tokenizer.encode(text)
+  return ids if template == CHAT else after_bos(ids, tokenizer)
+
+
+def after_bos(ids: list[int], tokenizer: Tokenizer | HFTokenizer) -> list[int]:
+  """The tokens of a text, with the BOS before them that the tokenizer begins texts
+  with, if it has one and they do not begin with it already."""
+  bos = tokenizer.bos_id
+  return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 def pad_left(

@@ -24,12 +24,13 @@ import numpy as np
 from r1jax import implementation as impl
 from r1jax import levels as cache_levels
 from r1jax import ops, sampling, sharding, slots, speculative
+from r1jax.data.hf_tokenizer import HFTokenizer
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import NumericalError, UserError
 from r1jax.models import cache as caches
 from r1jax.models import sequence
 from r1jax.models.policy import Policy, gathered, layers_of
-from r1jax.prompts import PromptBatch, pad_left
+from r1jax.prompts import PromptBatch, after_bos, pad_left
 from r1jax.sampling import Sampler
 from r1jax.slots import Decoding
 from r1jax.stopping import StopStrings
@@ -322,7 +323,7 @@ def generate(
   policy: Policy,
   params: dict,
   router: dict,
-  tokenizer: Tokenizer,
+  tokenizer: Tokenizer | HFTokenizer,
   prompts: list[str],
   *,
   samples: int = 1,
@@ -337,7 +338,8 @@ def generate(
   Args:
     policy, params, router: the network.
     tokenizer: its own.
-    prompts: texts as they are; BOS is put before.
+    prompts: texts as they are; BOS is put before, where the tokenizer has one and they
+      do not begin with it.
     samples: of each.
     max_tokens: of a completion.
     stop: strings that end a completion; EOS does in any case.
@@ -355,7 +357,7 @@ def generate(
   """
   if not prompts:
     raise UserError("generate: prompts is empty; give at least one text.")
-  rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+  rows = [after_bos(tokenizer.encode(prompt), tokenizer) for prompt in prompts]
   longest = max(map(len, rows))
   window = window or 1 << (longest - 1).bit_length()
   if longest > window:
@@ -368,7 +370,7 @@ def generate(
     group_size=samples,
     max_tokens=max_tokens,
     pad_id=tokenizer.pad_id,
-    stop_ids=(tokenizer.eos_id,),
+    stop_ids=tokenizer.stop_ids,
     stop=_stop_strings(tuple(stop), tokenizer),
     **settings,
   )

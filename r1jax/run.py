@@ -17,6 +17,7 @@ from r1jax.agreement import agree, share_folder
 from r1jax.checkpoint import Checkpoints
 from r1jax.data import corpus
 from r1jax.data import world as worlds
+from r1jax.data.hf_tokenizer import HFTokenizer, open_tokenizer
 from r1jax.data.problem import Problem
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
@@ -47,7 +48,7 @@ class Run:
   samples: MetricsFile
   traces: MetricsFile
   world: worlds.World
-  tokenizer: Tokenizer
+  tokenizer: Tokenizer | HFTokenizer
   policy: Policy
   train: PromptBatch  # all of them; a step takes rows
   held_out: PromptBatch
@@ -61,11 +62,10 @@ class Run:
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
-    answer = self.tokenizer.id("</answer>")
-    return (
-      self.tokenizer.eos_id,
-      *([answer] if self.config.data.stop_on_answer else []),
-    )
+    ids = tuple(self.tokenizer.stop_ids)
+    if self.config.data.stop_on_answer:
+      ids += (self.tokenizer.id("</answer>"),)
+    return ids
 
   @property
   def stop(self) -> StopStrings | None:
@@ -128,10 +128,13 @@ def prepare(
     given=d,
     seed=config.seed,
   )
-  path, pages = workdir / "tokenizer.model", make_pages(config, world, count=5000)
+  path, folder = tokenizer_place(workdir, c), c.model.folder
+  pages = [] if folder else make_pages(config, world, count=5000)
   texts = [prompt + page for prompt, page in pages]
-  if path.exists():
-    tokenizer = Tokenizer.load(path)
+  if folder or path.exists():
+    source = path if path.exists() else pathlib.Path(folder)
+    vocab = settings.policy_config(config, 0).vocab if folder else None
+    tokenizer = open_tokenizer(source, vocab)
   else:
     tokenizer = Tokenizer.train(texts, vocab=c.pretrain.vocab, symbols=task.symbols)
   kept = world.held_out[: c.eval.problems]
@@ -147,7 +150,7 @@ def prepare(
         f"config.{key}={settings.config_get(c, key)}{several} and there are only"
         f" {found} problems {side}. Lower config.{key} or give more problems."
       )
-  how = dict(template=d.template, prefill_think=d.prefill_think)
+  how = dict(template=d.template, prefill_think=d.prefill_think, examples=d.examples)
   length = d.prompt_length or worlds.longest_prompt(
     [*world.train, *kept], tokenizer, **how
   )
@@ -156,7 +159,7 @@ def prepare(
   )
 
   def longest(rows: list[str]) -> int:
-    return max(map(len, tokenizer.encode_batch(rows)))
+    return max(map(len, tokenizer.encode_batch(rows)), default=0)
 
   policy = Policy(settings.policy_config(config, tokenizer.vocab))
   optimizer = make_optimizer(settings.optimizer_config(c))
@@ -217,6 +220,11 @@ def prepare(
     host_reward=host_reward,
     reward=host_reward or rule_reward(config, tokenizer, world.train),
   )
+
+
+def tokenizer_place(workdir: pathlib.Path, config: ConfigDict) -> pathlib.Path:
+  """Where a run keeps its tokenizer: a file, or the files of a given one."""
+  return workdir / ("tokenizer" if config.model.get("folder") else "tokenizer.model")
 
 
 def rule_reward(
@@ -287,7 +295,7 @@ def load(workdir: pathlib.Path, *, base: bool = False) -> Kept:
       " -m experiments.r1_zero; then name its folder with --from=FOLDER."
     )
   config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-  tokenizer = Tokenizer.load(workdir / "tokenizer.model")
+  tokenizer = open_tokenizer(tokenizer_place(workdir, config))
   phase = workdir / "checkpoints" / ("pretrain" if base else "rl")
   checkpoints = Checkpoints(phase) if phase.exists() else None
   step = checkpoints and checkpoints.latest()

@@ -7,9 +7,10 @@ import math
 
 from ml_collections import ConfigDict
 
-from r1jax import presets, sharding
+from r1jax import presets, prompts, sharding
 from r1jax.errors import UserError
 from r1jax.grpo import GRPOConfig
+from r1jax.models import hf
 from r1jax.models.config import PRESETS, PolicyConfig
 from r1jax.objective import Objective
 from r1jax.optimizer import OptimizerConfig, learning_rate
@@ -46,12 +47,46 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
   return found
 
 
+# What may differ from a given checkpoint: how it is computed, not what.
+COMPUTED = ("dtype", "moe", "expert_capacity", "drop_tokens", "remat")
+COMPUTED += ("implementation", "rules")
+
+
 def policy_config(config: ConfigDict, vocab: int) -> PolicyConfig:
+  """The policy's sizes: a preset's with the config's changes, or those of a checkpoint.
+
+  Args:
+    config: its `model`.
+    vocab: of the tokenizer; a checkpoint has its own.
+
+  Raises:
+    UserError: no such preset, or a size that a checkpoint has is set.
+  """
+  if config.model.get("folder"):
+    return hf.policy_config(config.model.folder, **computed(config))
   options = {k: v for k, v in config.model.to_dict().items() if v is not None}
   preset = options.pop("preset")
+  options.pop("folder", None)
   if preset not in PRESETS:
     raise UserError(f"config.model.preset={preset!r} is not one of {sorted(PRESETS)}.")
   return PRESETS[preset](vocab, **options)
+
+
+def computed(config: ConfigDict) -> dict:
+  """What the config's `model` changes of a checkpoint's policy.
+
+  Raises:
+    UserError: a size that the checkpoint has is set.
+  """
+  options = {k: v for k, v in config.model.to_dict().items() if v is not None}
+  options = {k: v for k, v in options.items() if k not in ("preset", "folder")}
+  if sizes := sorted(set(options) - set(COMPUTED)):
+    raise UserError(
+      f"config.model: {', '.join(sizes)} set beside model.folder="
+      f"{config.model.folder!r}, which has its own. Leave them out;"
+      f" {', '.join(COMPUTED)} may be set."
+    )
+  return options
 
 
 def chosen(config: ConfigDict) -> dict:
@@ -284,6 +319,8 @@ def check(config: ConfigDict, devices: int) -> None:
     ),
     *learning_rules(c, o, sizes),
     *reward_rules(c),
+    *base_rules(c),
+    *chat_rules(c),
     (
       0 < c.data.held_out < 1,
       f"data.held_out={c.data.held_out} must lie between 0 and 1",
@@ -330,6 +367,56 @@ def learning_rules(
       o.pool == 1 or o.filter_on == "reward" or parts.get(o.filter_on, 1) > 0,
       f"objective.filter_on={o.filter_on!r} chooses groups by a part of the reward"
       f" whose weight, reward.{o.filter_on}_weight, is 0: their advantages would be 0",
+    ),
+  ]
+
+
+def base_rules(c: ConfigDict) -> list[tuple[bool, str]]:
+  """(holds, what came and the rule): of a policy that is read from a folder."""
+  folder = c.model.folder
+  return [
+    (
+      not folder or not c.pretrain.steps,
+      f"pretrain.steps={c.pretrain.steps}: model.folder={folder!r} has weights; set it"
+      " to 0",
+    ),
+    (
+      not folder or all(tokens for _, tokens in c.windows),
+      f"windows={c.windows}: 0 fits a window to the task's pages, and model.folder="
+      f"{folder!r} never saw them; set the tokens, as in ((0, 96),)",
+    ),
+    (
+      not folder or c.reward.host,
+      "reward.host=False: the tags of a published model are several tokens, which only"
+      " the host's rules read; set it to True",
+    ),
+  ]
+
+
+def chat_rules(c: ConfigDict) -> list[tuple[bool, str]]:
+  """(holds, what came and the rule): of prompts in a published model's own template,
+  whose vocabulary has no token for `<answer>`, and mostly none for `<think>`."""
+  d, chat = c.data, c.data.template == prompts.CHAT
+  templates = sorted((prompts.CHAT, *prompts.TEMPLATES))
+  return [
+    (
+      d.template in templates,
+      f"data.template={d.template!r} must be one of {templates}",
+    ),
+    (
+      0 <= d.examples <= (len(prompts.EXAMPLES) if chat else 0),
+      f"data.examples={d.examples}: there are {len(prompts.EXAMPLES)}, for"
+      " data.template='chat'",
+    ),
+    (
+      not chat or c.model.folder,
+      "data.template='chat' is a published model's own; set model.folder, or another"
+      " template",
+    ),
+    (
+      not chat or not d.stop_on_answer,
+      "data.stop_on_answer=True: data.template='chat' has no token </answer>; set"
+      " data.stop=('</answer>',) instead",
     ),
   ]
 

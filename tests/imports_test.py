@@ -11,10 +11,11 @@ RANKS = [
   for names in (
     "r1jax.errors r1jax.events",
     "r1jax.xla_flags",
-    "r1jax.kernels r1jax.sharding r1jax.data.tokenizer r1jax.data.problem",
+    "r1jax.kernels r1jax.sharding r1jax.data.tokenizer r1jax.data.problem"
+    " r1jax.data.chat_template",
     "r1jax.implementation r1jax.ops_checks r1jax.ahead_of_time r1jax.support"
     " r1jax.program_cost"
-    " r1jax.levels r1jax.stopping"
+    " r1jax.levels r1jax.stopping r1jax.data.hf_tokenizer"
     " r1jax.rewards",
     "r1jax.ops r1jax.vocabulary",
     "r1jax.models r1jax.sampling",

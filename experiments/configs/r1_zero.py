@@ -76,7 +76,9 @@ def tiny() -> ConfigDict:
   c.data.skip_malformed = False  # leave malformed lines out instead of stopping
   c.data.held_out = 0.5  # share of the file that is evaluated on and never trained on
   c.data.prompt_length = 0  # tokens; 0: the longest prompt
-  c.data.template = "short"  # or "r1_zero", Table 1 of the paper
+  c.data.template = "short"  # or "r1_zero", Table 1 of the paper; or "chat", a
+  # published model's own
+  c.data.examples = 0  # worked examples (prompts.EXAMPLES) as earlier turns of "chat"
   c.data.prefill_think = False  # end the prompt with <think>
   c.data.stop_on_answer = False  # stop a completion at </answer>
   c.data.stop = ()  # strings that end a completion, as in ("</answer>",)
@@ -187,10 +189,12 @@ def model_options(preset: str) -> ConfigDict:
   """The policy: a preset of r1jax/models/config.py, and sizes that differ from it."""
   m = ConfigDict()
   m.preset = preset
+  m.folder = ""  # of a Hugging Face checkpoint: its sizes, weights and tokenizer
   for size in ("width", "layers", "dense_layers", "heads", "kv_latent", "experts"):
     m[size] = placeholder(int)  # None keeps the preset's
   for size in ("active_experts", "mtp_depth", "kv_heads", "head_dim"):
     m[size] = placeholder(int)
+  m.dtype = placeholder(str)  # of activations: "float32", "bfloat16"
   m.moe = placeholder(str)  # "dense": every expert on every token; "ragged"
   m.expert_capacity = placeholder(float)  # room of an exchange over its even share
   m.drop_tokens = placeholder(bool)  # what has no room is dropped

@@ -71,6 +71,10 @@ class Tokenizer:
   def save(self, path: str | pathlib.Path) -> None:
     pathlib.Path(path).write_bytes(self.model)
 
+  @property
+  def stop_ids(self) -> tuple[int, ...]:
+    return (self.eos_id,)
+
   def encode(self, text: str) -> list[int]:
     """Ids without BOS or EOS."""
     return self._sp.encode(text)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 import json
 import random
+from typing import Any
 
 import numpy as np
 
@@ -124,27 +125,23 @@ def encode_problems(
   rows: list[Problem],
   tokenizer: Tokenizer,
   *,
-  template: str,
-  prefill_think: bool,
   prompt_length: int,
+  **asked: Any,
 ) -> prompts.PromptBatch:
   """All problems as one PromptBatch of NumPy arrays; a step takes rows of it.
 
   Args:
     rows: the problems.
     tokenizer: of the policy.
-    template: a name in prompts.TEMPLATES.
-    prefill_think: end prompts in `<think>`.
     prompt_length: P.
+    asked: template, prefill_think and examples, as in prompts.encode.
 
   Raises:
     UserError: a prompt is longer than P (the problem is named).
   """
   encoded = []
   for p in rows:
-    ids = prompts.encode(
-      p.problem, tokenizer, template=template, prefill_think=prefill_think
-    )
+    ids = prompts.encode(p.problem, tokenizer, **asked)
     if len(ids) > prompt_length:
       raise UserError(
         f"the problem {p.problem[:60]!r} makes a prompt of {len(ids)} tokens and the"
@@ -172,16 +169,7 @@ def _spellings(answer: str, tokenizer: Tokenizer) -> list[list[int]]:
   return [alone] if spaced[1:] == alone else [alone, spaced]
 
 
-def longest_prompt(
-  rows: list[Problem], tokenizer: Tokenizer, *, template: str, prefill_think: bool
-) -> int:
+def longest_prompt(rows: list[Problem], tokenizer: Tokenizer, **asked: Any) -> int:
   """Tokens of the longest prompt, rounded up to a multiple of 4."""
-  lengths = [
-    len(
-      prompts.encode(
-        p.problem, tokenizer, template=template, prefill_think=prefill_think
-      )
-    )
-    for p in rows
-  ]
+  lengths = [len(prompts.encode(p.problem, tokenizer, **asked)) for p in rows]
   return -(-max(lengths) // 4) * 4
