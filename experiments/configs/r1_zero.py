@@ -23,7 +23,7 @@ from ml_collections.config_dict import placeholder
 
 from r1jax.objective import Objective
 
-PRESETS = ("tiny", "puzzle", "paper")
+PRESETS = ("tiny", "puzzle", "paper", "smollm2_135m")
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
@@ -34,6 +34,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     puzzle(config)
   if preset == "paper":
     paper(config)
+  if preset in GIVEN:
+    given(config)
+    GIVEN[preset](config)
   return config.lock()
 
 
@@ -265,3 +268,39 @@ def paper(c: ConfigDict) -> None:
   c.reward.format_weight = 1.0  # P2 Eq. 4: the same weight
   c.eval.every = 400  # ours
   c.checkpoint_every = 16  # ours: every rollout
+
+
+def given(c: ConfigDict) -> None:
+  """What all runs on a published model share: its own chat template, rewards from text,
+  chained sums of one-digit numbers."""
+  c.pretrain.steps = 0
+  c.data.template = "chat"
+  c.reward.host = True
+  c.grpo.whole_groups = True
+  c.objective.preset = "paper"
+  c.optimizer.schedule = "constant"
+  c.optimizer.warmup_steps = 0
+
+
+def smollm2_135m(c: ConfigDict) -> None:
+  """SmolLM2-135M-Instruct on sums: python -m experiments.fetch_smollm2 first."""
+  c.preset = "smollm2_135m"
+  c.model.folder = "models/smollm2_135m"
+  c.model.dtype = "float32"
+  c.model.remat = "all"
+  c.chain.min_terms, c.chain.max_terms, c.chain.high = 2, 4, 20
+  c.data.examples = 3  # it does not follow the instruction alone
+  c.windows = ((0, 96),)
+  c.steps = 16
+  c.prompts = 4
+  c.grpo.group_size = 8
+  c.grpo.minibatches = 1
+  c.grpo.micro_batches = 4
+  c.grpo.reference_refresh = 0
+  c.optimizer.learning_rate = 1e-5
+  c.eval.problems, c.eval.samples = 64, 4
+  c.eval.every = 16
+  c.checkpoint_every = 8
+
+
+GIVEN = {"smollm2_135m": smollm2_135m}
