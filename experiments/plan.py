@@ -46,11 +46,17 @@ def main(config: ConfigDict, workdir: str) -> None:
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
   import jax
 
-  from r1jax import plan, plan_search
+  from r1jax import ahead_of_time, plan, plan_search
+  from r1jax.errors import UserError
 
   kind, _, count = options.topology.partition(":")
   if kind == "cpu" and count.isdigit() and int(count):
     jax.config.update("jax_num_cpu_devices", int(count))
+
+  def nearest(chips: int) -> str:
+    limits = plan.chip_of(options.topology, options.chip)
+    return plan_search.nearest(config, limits, chips, options.topology)
+
   console = rich.console.Console(stderr=True)
   with console.status("compiling") as status:
 
@@ -62,15 +68,17 @@ def main(config: ConfigDict, workdir: str) -> None:
       found = tried[-1]
     else:
       how = dict(chip=options.chip, mean_tokens=options.mean_tokens, say=say)
-      found = plan.plan(config, options.topology, **how)
+      try:
+        found = plan.plan(config, options.topology, **how)
+      except plan.DoesNotFit as error:
+        chips = len(ahead_of_time.devices(options.topology))
+        raise UserError(f"{error} {nearest(chips)}") from error
   out = rich.console.Console()
   if options.smallest:
     show_tried(out, tried)
   show(out, found)
   if not found["fits"]:
-    limits = plan.chip_of(options.topology, options.chip)
-    where = limits, found["chips"], found["topology"]
-    out.print(plan_search.nearest(config, *where), highlight=False, soft_wrap=True)
+    out.print(nearest(found["chips"]), highlight=False, soft_wrap=True)
   if options.json:
     print(json.dumps(found))
   sys.exit(0 if found["fits"] else 2)

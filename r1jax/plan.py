@@ -163,7 +163,7 @@ def plan(
 
   Raises:
     UserError: no such topology or chip, a mesh that is not its devices', a size that
-      does not divide.
+      does not divide; DoesNotFit: by so much that it does not compile.
   """
   limits = chip_of(topology, chip)
   devices = ahead_of_time.devices(topology)
@@ -256,6 +256,10 @@ def _figures(config, c, sizes, mesh, programs, kinds, chip, mean_tokens) -> dict
   }
 
 
+class DoesNotFit(UserError):
+  """A program that the compiler refuses for want of memory."""
+
+
 # What helps where a program does not compile for want of memory.
 _FEWER = (
   "lower config.grpo.slots or set config.grpo.cache_tokens, or spread rows over more"
@@ -308,7 +312,7 @@ def _compiled(mesh, platform, function, *specs, **options):
       raise
     said = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition("\n")[0]
     given = program_cost.bytes_a_device(specs) / GIB
-    raise UserError(
+    raise DoesNotFit(
       f"{function.__name__} does not fit this topology: {said} Its arguments alone are"
       f" {given:.1f} GiB a chip. {REMEDIES[function.__name__]}"
     ) from error
