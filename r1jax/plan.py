@@ -266,7 +266,7 @@ _FEWER = (
   " chips (config.mesh.data, fsdp, expert)."
 )
 REMEDIES = {
-  "prefill": f"It makes the cache: {_FEWER}",
+  "prefill": f"Raise config.grpo.prefill_parts; it makes the cache, too: {_FEWER}",
   "decode": f"It holds the cache: {_FEWER}",
   "update": "Raise config.grpo.micro_batches, config.mesh.context or tensor, set"
   " config.model.remat=nothing or config.optimizer.moments=bfloat16, or use more"

@@ -94,8 +94,8 @@ def _tried(choice: Choice, room: float, say: Callable[[str], None]) -> dict:
     "least_bytes": choice.bytes,
     "fits": False,
     "settings": {
-      "micro_batches": choice.config.grpo.micro_batches,
-      "slots": choice.config.grpo.slots,
+      name: choice.config.grpo[name]
+      for name in ("micro_batches", "slots", "prefill_parts")
     },
   }
   if choice.total > room:
@@ -130,9 +130,9 @@ def nearest(config: ConfigDict, chip: plan.Chip, chips: int, topology: str) -> s
       f" {share:.1f} times as many chips might."
     )
   sizes = " ".join(f"--config.mesh.{axis}={n}" for axis, n in mesh.items())
-  rows = f"--config.grpo.micro_batches={best.config.grpo.micro_batches}"
-  slots = f"--config.grpo.slots={best.config.grpo.slots}"
-  return f"Of {chips} chips this promises most room: {sizes} {rows} {slots}"
+  names = ("micro_batches", "slots", "prefill_parts")
+  rest = " ".join(f"--config.grpo.{n}={best.config.grpo[n]}" for n in names)
+  return f"Of {chips} chips this promises most room: {sizes} {rest}"
 
 
 def choices(
@@ -170,6 +170,12 @@ def _choices(config, chip, chips, topology) -> Iterator[Choice]:
       )
       changed.grpo.micro_batches = rows // shards
       changed.grpo.slots = min(slots, outputs)
+      # As many tokens of prompts at a time as an update has of a row.
+      held = config.prompts // shards
+      share = held * sizes.prompt / (sizes.prompt + sizes.window)
+      changed.grpo.prefill_parts = next(
+        n for n in range(1, held + 1) if held % n == 0 and n >= share
+      )
     yield Choice(changed, chips, topology, estimate(changed, sizes, chips))
 
 
@@ -188,12 +194,14 @@ def estimate(config: ConfigDict, sizes: plan.Sizes, chips: int) -> dict[str, flo
   experts = 2 * 3 * c.width * c.expert_ffn * c.experts / mesh.expert * two
   shards = chips // tensor
   heads = tensor if c.kv_heads else 1
-  entry = c.layers * c.cache.width * two * sizes.window / heads
+  entry = c.layers * c.cache.width * two / heads
+  outputs = config.grpo.slots * sizes.window
   return {
     "parameters": 4 * weights / chips,
     "optimizer": 2 * moment * weights / chips,
     "reference": reference * weights / chips,
-    "gradients": 4 * weights / chips,
+    # Their sum in float32, a part's and the weights that are cast.
+    "gradients": (4 + 2 * two) * weights / chips,
     "activations": kept + attention + experts,
-    "cache": entry * config.grpo.slots / shards,
+    "cache": entry * (outputs + config.prompts * sizes.prompt) / shards,
   }

@@ -23,12 +23,11 @@ import numpy as np
 
 from r1jax import implementation as impl
 from r1jax import levels as cache_levels
-from r1jax import ops, sampling, sharding, slots, speculative
+from r1jax import ops, prefill, sampling, sharding, slots, speculative
 from r1jax.data.hf_tokenizer import HFTokenizer
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import NumericalError, UserError
 from r1jax.models import cache as caches
-from r1jax.models import sequence
 from r1jax.models.policy import Policy, gathered, layers_of
 from r1jax.prompts import PromptBatch, after_bos, pad_left
 from r1jax.sampling import Sampler
@@ -118,6 +117,11 @@ def plan(policy: Policy, batch: int, s: Sampler) -> Plan:
     raise UserError(
       f"slots={count} must divide over the {shards} data shards of the mesh."
     )
+  if batch // shards % s.prefill_parts:
+    raise UserError(
+      f"prefill_parts={s.prefill_parts} must divide the {batch // shards} prompts of a"
+      f" data shard ({batch} over {shards})."
+    )
   drafts = speculative.wanted(s, policy, count // shards)
   tokens = s.max_tokens + drafts  # a draft may lie behind a row's end
   how = dict(budget=s.cache_tokens, shards=shards)
@@ -154,18 +158,13 @@ def start(
   batch, cut = prompts.tokens.shape[0], sharding.shard_batch
   earlier = repeats(prompts.ids) if earlier is None else earlier
   made = plan(policy, batch, s)
-  variables = {"params": params, "router": router}
-  seq = sequence.Sequence.of_mask(prompts.mask)
-  out = policy.apply(variables, prompts.tokens, seq)
+  how = dict(drafts=made.drafts, parts=s.prefill_parts, shards=made.shards)
+  out = prefill.read(policy, params, router, prompts, **how)
   split = caches.is_split(policy.config.implementation)
   layout, draft_cache = policy.config.cache, None
   cache = caches.empty(out.cache, made.levels, layout, split)
   if made.drafts:
-    args = out.trunk, prompts.tokens, seq
-    entries = policy.apply(variables, *args, method="mtp_entries")
-    # The module's input at the last token needs the one after it: an output's own.
-    entries = jnp.pad(entries[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
-    draft_cache = caches.empty(entries, made.levels, layout, split)
+    draft_cache = caches.empty(out.draft_cache, made.levels, layout, split)
   lengths = prompts.mask.sum(axis=1)
   carry = Decoding(
     step=jnp.zeros((), jnp.int32),
@@ -174,14 +173,14 @@ def start(
     prompts=slots.Prompts(
       starts=cut(cache.window - lengths),
       lengths=cut(lengths),
-      hidden=cut(out.hidden[:, -1]),
+      hidden=cut(out.hidden),
       norms=cut(out.norms.swapaxes(0, 1)),
-      trunk=cut(out.trunk[:, -1]) if made.drafts else None,
+      trunk=cut(out.trunk) if made.drafts else None,
     ),
     slots=slots.idle(policy, out, batch * s.group_size // made.shards, made, s),
     cache=cache,
     draft_cache=draft_cache,
-    prompt_experts=slots.narrow(policy, out.experts),
+    prompt_experts=out.experts,
     levels=made.levels,
     shards=made.shards,
     axes=made.axes,

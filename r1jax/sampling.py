@@ -26,6 +26,7 @@ class Sampler:
   min_p: float = 0.0  # 0: all
   slots: int = 0  # rows that decode at once; 0: all outputs
   cache_tokens: int = 0  # that the cache may hold of outputs (levels.py); 0: no bound
+  prefill_parts: int = 1  # that the prompts are read in, one after another
   # Weights that a mesh cuts along fsdp and expert are gathered once for the loop that
   # decodes, those of routed experts excepted; False: by each layer at every token,
   # which holds less.
@@ -45,6 +46,10 @@ class Sampler:
       raise UserError(
         f"temperature={self.temperature} must be above 0, or 0 for the most likely"
         " token."
+      )
+    if self.prefill_parts < 1:
+      raise UserError(
+        f"prefill_parts={self.prefill_parts} must be 1 (all prompts at once) or more."
       )
     if min(self.slots, self.cache_tokens) < 0:
       raise UserError(

@@ -26,6 +26,7 @@ class StepConfig:
   min_p: float = 0.0  # and from tokens this times as likely as the likeliest; 0: all
   slots: int = 0  # outputs that decode at once; 0: all of them
   cache_tokens: int = 0  # of outputs that the cache may hold; 0: no bound
+  prefill_parts: int = 1  # that the prompts are read in, one after another
   gather_weights: bool = True  # for decoding: once, not by each layer at every token
   speculative: str = "off"  # "on": draft tokens by the MTP module; "auto" (Sampler)
   stop: StopStrings | None = None  # strings that end an output
@@ -86,7 +87,8 @@ class StepConfig:
   def sampling(self, **more: Any) -> dict[str, Any]:
     """The settings of the rollout, for `rollout.sample`."""
     names = ("group_size", "max_tokens", "temperature", "top_k", "top_p", "min_p")
-    names += ("slots", "cache_tokens", "gather_weights", "speculative", "stop")
+    names += ("slots", "cache_tokens", "prefill_parts", "gather_weights")
+    names += ("speculative", "stop")
     return {name: getattr(self, name) for name in names} | more
 
   @property

@@ -21,7 +21,7 @@ RANKS = [
     "r1jax.models r1jax.sampling",
     "r1jax.objective r1jax.train_state r1jax.optimizer r1jax.slots r1jax.packing",
     "r1jax.step_config r1jax.speculative",
-    "r1jax.prompts r1jax.rollout r1jax.dynamic_sampling r1jax.experience"
+    "r1jax.prompts r1jax.prefill r1jax.rollout r1jax.dynamic_sampling r1jax.experience"
     " r1jax.advantages",
     "r1jax.policy_loss r1jax.moe_losses r1jax.diagnostics",
     "r1jax.grpo r1jax.segments r1jax.ppo r1jax.sft r1jax.presets r1jax.host_reward"
@@ -41,7 +41,8 @@ RANKS = [
 ]
 # The spine: within these ranks a file may also import the ones before it.
 ORDERED = [
-  *("r1jax.prompts", "r1jax.rollout", "r1jax.dynamic_sampling", "r1jax.advantages"),
+  *("r1jax.prompts", "r1jax.prefill"),
+  *("r1jax.rollout", "r1jax.dynamic_sampling", "r1jax.advantages"),
   "r1jax.experience",
   *("r1jax.grpo", "r1jax.ppo", "r1jax.segments"),
 ]

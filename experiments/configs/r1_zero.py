@@ -130,6 +130,7 @@ def tiny() -> ConfigDict:
   c.grpo.min_p = 0.0  # and from tokens this times as likely as the likeliest; 0: all
   c.grpo.slots = 0  # outputs that decode at once; 0: all of them
   c.grpo.cache_tokens = 0  # of outputs that the cache may hold; 0: no bound
+  c.grpo.prefill_parts = 1  # that the prompts are read in, one after another
   c.grpo.gather_weights = True  # for decoding: once, not by each layer at every token
   c.grpo.speculative = "off"  # "on": drafts by the MTP module; "auto": where it pays
   c.grpo.keep_sampling_mask = True  # the ratio is taken over the sampled support
