@@ -190,8 +190,11 @@ def estimate(config: ConfigDict, sizes: plan.Sizes, chips: int) -> dict[str, flo
   kept = length / tensor * c.width * c.layers * two  # a row, between the layers
   head = c.head_dim or c.nope_dim + c.rope_dim
   attention = 4 * length * c.heads / tensor * head * two
-  # The experts of a device, whole while a layer uses them, and their gradient.
+  # The experts of a device, whole while a layer uses them, and their gradient; what the
+  # exchange brings them, what they make of it, and the gradients of that.
   experts = 2 * 3 * c.width * c.expert_ffn * c.experts / mesh.expert * two
+  pairs = length / tensor * c.active_experts * c.expert_capacity
+  experts += 2 * pairs * (2 * c.width + 3 * c.expert_ffn) * two
   shards = chips // tensor
   heads = tensor if c.kv_heads else 1
   entry = c.layers * c.cache.width * two / heads
