@@ -397,7 +397,7 @@ def _update(config, c, sizes, mesh, state, layouts, optimizer, compile_):
     return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=rows)
 
   experts = None
-  if policy.moe_layers:
+  if policy.moe_layers and c.record_experts:
     dtype = np.uint8 if policy.experts <= 256 else np.int32
     shape = policy.moe_layers, p + t, policy.active_experts
     experts = of_rows(*shape, dtype=dtype)

@@ -22,7 +22,7 @@ class Read:
   cache: jax.Array  # N B P L
   hidden: jax.Array  # B D, of each prompt's last token, after the final norm
   norms: jax.Array  # N B float32, of each layer's output there
-  experts: jax.Array | None  # N B P A, of the N MoE layers
+  experts: jax.Array | None  # N B P A, of the N MoE layers; None: not recorded
   trunk: jax.Array | None  # B D, before the final norm; for drafts, else None
   draft_cache: jax.Array | None  # 1 B P L, the MTP module's entries; likewise
 
@@ -37,6 +37,7 @@ def read(
   prompts: PromptBatch,
   *,
   drafts: bool,
+  record_experts: bool,
   parts: int,
   shards: int,
 ) -> Read:
@@ -46,6 +47,7 @@ def read(
     policy, params, router: the network.
     prompts: B of them.
     drafts: whether the MTP module will draft.
+    record_experts: whether to keep the router's choice.
     parts: how many the prompts are read in, one after another.
     shards: of the mesh, that have B / shards prompts each; parts divides that.
   """
@@ -61,7 +63,7 @@ def read(
       # The module's input at the last token needs the one after it: an output's own.
       entries = jnp.pad(entries[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
       trunk = out.trunk[:, -1]
-    experts = slots.narrow(policy, out.experts)
+    experts = slots.narrow(policy, out.experts) if record_experts else None
     return Read(out.cache, out.hidden[:, -1], out.norms, experts, trunk, entries)
 
   args = prompts.tokens, prompts.mask

@@ -158,7 +158,8 @@ def start(
   batch, cut = prompts.tokens.shape[0], sharding.shard_batch
   earlier = repeats(prompts.ids) if earlier is None else earlier
   made = plan(policy, batch, s)
-  how = dict(drafts=made.drafts, parts=s.prefill_parts, shards=made.shards)
+  how = dict(drafts=made.drafts, record_experts=s.record_experts)
+  how |= dict(parts=s.prefill_parts, shards=made.shards)
   out = prefill.read(policy, params, router, prompts, **how)
   split = caches.is_split(policy.config.implementation)
   layout, draft_cache = policy.config.cache, None

@@ -31,6 +31,9 @@ class Sampler:
   # decodes, those of routed experts excepted; False: by each layer at every token,
   # which holds less.
   gather_weights: bool = True
+  # Keep the experts that the router chose for every token: routing_replay needs them,
+  # and the metric experts_changed. A byte for each of a token's experts in each layer.
+  record_experts: bool = True
   # Draft by the MTP module (speculative.py): "off", "on", or "auto": where the policy
   # has one and so few rows decode that a second token each is nearly free.
   speculative: str = "off"

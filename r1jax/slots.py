@@ -296,7 +296,7 @@ def write(
 def record(carry: Decoding, at: DecodeStep, experts, took: jax.Array) -> Decoding:
   """With the experts [N, S, Q, A] of the tokens that were just decoded. Args: took [S,
   Q] bool, which of those are the output's."""
-  if experts is None:
+  if carry.outputs.experts is None:
     return carry
 
   def local(kept, output, places, took, chosen):

@@ -28,6 +28,7 @@ class StepConfig:
   cache_tokens: int = 0  # of outputs that the cache may hold; 0: no bound
   prefill_parts: int = 1  # that the prompts are read in, one after another
   gather_weights: bool = True  # for decoding: once, not by each layer at every token
+  record_experts: bool = True  # the router's choices are kept; for routing_replay
   speculative: str = "off"  # "on": draft tokens by the MTP module; "auto" (Sampler)
   stop: StopStrings | None = None  # strings that end an output
   keep_sampling_mask: bool = True  # the ratio is taken over the sampled support
@@ -71,6 +72,11 @@ class StepConfig:
         f"{self.whole_groups} nor grpo.balance_coef={self.balance_coef}, which need an"
         " output or a group a row; set pack=0, or whole_groups=False, balance_coef=0."
       )
+    if self.routing_replay and not self.record_experts:
+      raise UserError(
+        "config.grpo.routing_replay=True replays the experts that the sampler chose,"
+        " and record_experts=False keeps none. Set record_experts=True."
+      )
     Sampler(**self.sampling(pad_id=0))
     self.objective.overlong_tokens(self.max_tokens)
 
@@ -88,7 +94,7 @@ class StepConfig:
     """The settings of the rollout, for `rollout.sample`."""
     names = ("group_size", "max_tokens", "temperature", "top_k", "top_p", "min_p")
     names += ("slots", "cache_tokens", "prefill_parts", "gather_weights")
-    names += ("speculative", "stop")
+    names += ("record_experts", "speculative", "stop")
     return {name: getattr(self, name) for name in names} | more
 
   @property

@@ -24,7 +24,7 @@ def read(parts, shape, drafts=True):
   with jax.set_mesh(mesh):
     batch = jax.device_put(BATCH, sharding.batch_sharding(mesh))
     shards = shape[0] * shape[1]
-    how = dict(drafts=drafts, parts=parts, shards=shards)
+    how = dict(drafts=drafts, record_experts=drafts, parts=parts, shards=shards)
     program = jax.jit(lambda b: prefill.read(POLICY, PARAMS, ROUTER, b, **how))
     compiled = program.lower(batch).compile(QUICK)
     temporaries = compiled.memory_analysis().temp_size_in_bytes
@@ -43,16 +43,16 @@ def test_parts_read_what_the_whole_reads(parts, shape):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_kept_for_drafts_that_nobody_makes():
-  found = read(2, ONE, drafts=False)[0]
-  assert found.trunk is None and found.draft_cache is None
+def test_nothing_is_kept_that_nobody_needs():
+  found = read(2, ONE, drafts=False)[0]  # nor records
+  assert found.trunk is None and found.draft_cache is None and found.experts is None
 
 
 def test_a_part_holds_less():
   batch = golden.prompt_batch(64, length=6)
 
   def held(parts):
-    how = dict(drafts=False, parts=parts, shards=1)
+    how = dict(drafts=False, record_experts=True, parts=parts, shards=1)
     program = jax.jit(lambda b: prefill.read(POLICY, PARAMS, ROUTER, b, **how))
     compiled = program.lower(batch).compile(QUICK)
     return compiled.memory_analysis().temp_size_in_bytes
@@ -61,13 +61,16 @@ def test_a_part_holds_less():
 
 
 def test_a_rollout_draws_the_same_tokens():
-  def sample(parts):
+  def sample(parts, **more):
     how = dict(group_size=2, max_tokens=6, pad_id=0, stop_ids=(1,), prefill_parts=parts)
+    how |= more
     key = jax.random.key(3)
     drawn = functools.partial(rollout.sample, POLICY, PARAMS, ROUTER, BATCH, key, **how)
     return jax.jit(drawn).lower().compile(QUICK)()
 
-  one, four = sample(1), sample(4)
+  one, four, bare = sample(1), sample(4), sample(1, record_experts=False)
+  assert bare.experts is None and bare.prompt_experts is None
+  np.testing.assert_array_equal(one.tokens, bare.tokens)
   np.testing.assert_array_equal(one.tokens, four.tokens)
   np.testing.assert_array_equal(one.prompt_experts, four.prompt_experts)
   np.testing.assert_allclose(one.logprobs, four.logprobs, atol=1e-5)

@@ -143,6 +143,11 @@ REFUSED = [
   ),
   (dict(grpo__mtp_coef=0.3), 1, ["grpo.mtp_coef=0.3", "model.mtp_depth=1"]),
   (
+    dict(grpo__routing_replay=True, grpo__record_experts=False),
+    1,
+    ["record_experts=False keeps none", "Set record_experts=True"],
+  ),
+  (
     dict(grpo__routing_replay=True, model__dense_layers=3),
     1,
     ["routing_replay=True", "experts"],

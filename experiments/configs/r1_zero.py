@@ -132,6 +132,7 @@ def tiny() -> ConfigDict:
   c.grpo.cache_tokens = 0  # of outputs that the cache may hold; 0: no bound
   c.grpo.prefill_parts = 1  # that the prompts are read in, one after another
   c.grpo.gather_weights = True  # for decoding: once, not by each layer at every token
+  c.grpo.record_experts = True  # the router's choices: for replay, and experts_changed
   c.grpo.speculative = "off"  # "on": drafts by the MTP module; "auto": where it pays
   c.grpo.keep_sampling_mask = True  # the ratio is taken over the sampled support
   c.grpo.reference_refresh = 40  # updates
@@ -252,6 +253,7 @@ def paper(c: ConfigDict) -> None:
   c.segment_tokens = 256  # ours: a rollout takes minutes, so it runs in pieces
   c.grpo.group_size = 16  # P2 2.1
   c.grpo.slots = 2048  # ours: of the 8,192 at once, refilled; 40 GiB of cache a chip
+  c.grpo.record_experts = False  # ours: a byte for each choice of each token
   c.grpo.minibatches = 16  # P2 2.1: 8,192 outputs in 16 minibatches, one inner epoch
   c.grpo.micro_batches = 4  # ours: 128 outputs a part
   c.grpo.temperature = 1.0  # P2 2.1
