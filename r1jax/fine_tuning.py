@@ -9,8 +9,9 @@ import numpy as np
 
 from r1jax import sft, train_state
 from r1jax.checkpoint import Checkpoints
+from r1jax.errors import UserError
 from r1jax.optimizer import make_optimizer
-from r1jax.run import Run, compiled, put_batch
+from r1jax.run import Run, adapters_of, compiled, put_batch
 from r1jax.sft import TuningConfig
 
 
@@ -25,7 +26,8 @@ def tune(
   step: Callable | None = None,
   teacher: Any = None,
 ) -> tuple[Any, Any]:
-  """Trains on packed rows, or goes on where a killed run stopped.
+  """Trains on packed rows, or goes on where a killed run stopped. Given weights get
+  adapters where the run's config says so; fresh ones are learnt whole.
 
   Args:
     this: the run; checkpoints go to checkpoints/<phase> in its workdir.
@@ -39,29 +41,44 @@ def tune(
     teacher: weights that `step` reads and does not change.
 
   Returns:
-    (params, router).
+    (params, router); with adapters as they are, which lora.merged makes plain.
+
+  Raises:
+    UserError: adapters, and a step that learns all weights.
   """
   policy, steps = this.policy, config.optimizer.steps
   optimizer = make_optimizer(config.optimizer)
+  adapters, adapt = (None, None) if start is None else adapters_of(this)
+  if adapters and step is not None:
+    raise UserError(
+      f"config.lora.rank={adapters.rank}: distillation by a teacher's distributions"
+      " learns all weights. Set it to 0, or distil by SFT on the teacher's texts."
+    )
   how = dict(reference=False)
   if start is None:
     begin = functools.partial(train_state.create, policy, optimizer, **how)
     given = (jax.random.key(this.config.seed),)
   else:
-    begin = functools.partial(train_state.restart, optimizer=optimizer, **how)
+
+    def begin(params, router):
+      return train_state.restart(adapt(params), router, optimizer, **how)
+
     given = start
-  shardings = train_state.shardings(policy, optimizer, this.mesh, **how)
+  shardings = train_state.shardings(
+    policy, optimizer, this.mesh, adapters=adapters, **how
+  )
   checkpoints = Checkpoints(this.workdir / "checkpoints" / phase)
   begun = checkpoints.latest() or 0
   if begun:
     shapes = jax.eval_shape(begin, *given)
     with this.clock.phase("restore", step=begun):
-      state = checkpoints.restore(begun, shapes, shardings)
+      state = checkpoints.restore(begun, shapes.kept, shardings.kept)
       host = checkpoints.restore_host(begun)
     this.clock.restore(host["clock"])
     this.progress.say(f"{phase}: continuing from update {begun}")
-  else:
-    state = compiled(this, begin, *given, out_shardings=shardings)(*given)
+  if adapters or not begun:
+    first = compiled(this, begin, *given, out_shardings=shardings)(*given)
+    state = state.on(first) if begun else first
   this.metrics.roll_back({phase: begun})
   if begun < steps:
     with this.clock.phase("corpus"):
@@ -100,7 +117,7 @@ def tune(
           jax.block_until_ready(state)
       if saves:
         with this.clock.phase("save", step=i + 1):
-          checkpoints.save(i + 1, state, {"clock": this.clock.state()})
+          checkpoints.save(i + 1, state.kept, {"clock": this.clock.state()})
   checkpoints.close()
   return state.params, state.router
 

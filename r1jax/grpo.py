@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from r1jax import diagnostics
+from r1jax import diagnostics, lora
 from r1jax.advantages import ADVANTAGES, group_relative
 from r1jax.dynamic_sampling import Slots, collect
 from r1jax.errors import UserError
@@ -31,7 +31,7 @@ from r1jax.experience import (
   shuffled,
 )
 from r1jax.models import moe
-from r1jax.models.policy import Policy, cast
+from r1jax.models.policy import Policy
 from r1jax.moe_losses import auxiliary_losses
 from r1jax.optimizer import accumulate, accumulate_while, descend
 from r1jax.policy_loss import Totals, policy_loss
@@ -90,7 +90,7 @@ def experience(
     (Rows with leading axes [K, B * G / K], metrics of the rollout).
   """
   c, o = config, config.objective
-  rows = recall(counted(slots, o), state, policy, c)
+  rows = recall(counted(slots, o), state.asked, policy, c)
   rewards = shaped(slots, rows, o, c.max_tokens)
   advantages = group_relative(rewards, slots.filled, o).reshape(-1, 1)
   rows = rows.replace(advantages=jnp.broadcast_to(advantages, rows.completions.shape))
@@ -119,8 +119,10 @@ def update(
   """
   c = config
   totals = Totals.of(rows)
+  weights, whole = lora.split(policy, state.params)
 
-  def loss_fn(params, some, part=None):
+  def loss_fn(weights, some, part=None):
+    params = whole(weights)
     logprobs, out = completion_logprobs(
       policy,
       params,
@@ -147,7 +149,6 @@ def update(
     )
     return loss + extra, ({**metrics, **figures}, load, per_token)
 
-  weights = cast(policy, state.params)
   if c.pack:
     found = accumulate_packed(loss_fn, weights, rows, c)
   else:
@@ -155,7 +156,7 @@ def update(
   grads, metrics, load, per_token = found
   learnt = rows.mask.any()  # not of empty slots, masked or lost samples alone
   params, opt_state = descend(
-    optimizer, grads, state.params, state.opt_state, learnt=learnt
+    optimizer, grads, lora.trained(state.params), state.opt_state, learnt=learnt
   )
   router = moe.balance(state.router, load, c.bias_rate) if c.bias_rate else state.router
   step = state.step + 1
@@ -168,6 +169,7 @@ def update(
     )
   metrics["grad_norm"] = optax.tree.norm(grads)
   metrics["load_imbalance"] = moe.load_imbalance(load)
+  params = lora.put(state.params, params)
   return TrainState(step, params, router, opt_state, reference), metrics, per_token
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from r1jax import diagnostics, grpo, train_state
+from r1jax import diagnostics, grpo, lora, train_state
 from r1jax.advantages import gae
 from r1jax.dynamic_sampling import Slots, collect
 from r1jax.errors import UserError
@@ -89,6 +89,15 @@ class PPOState:
   def router(self) -> Any:
     return self.policy.router
 
+  @property
+  def kept(self) -> "PPOState":
+    """As TrainState.kept."""
+    return self.replace(policy=self.policy.kept)
+
+  def on(self, begun: "PPOState") -> "PPOState":
+    """As TrainState.on."""
+    return self.replace(policy=self.policy.on(begun.policy))
+
 
 @struct.dataclass
 class ValueRows:
@@ -106,9 +115,15 @@ def restart(
   value_optimizer: optax.GradientTransformation,
   *,
   reference: bool,
+  adapt: Callable[[Any], Any] = lambda params: params,
 ) -> PPOState:
-  """Step 0 from a base; the value model starts as a copy of it."""
-  policy = train_state.restart(params, router, optimizer, reference=reference)
+  """Step 0 from a base; the value model starts as a copy of it.
+
+  Args:
+    adapt: gives the policy its adapters (lora.adapt); the value model learns all of its
+      weights in any case.
+  """
+  policy = train_state.restart(adapt(params), router, optimizer, reference=reference)
   width = params["final_norm"]["scale"].shape[0]
   value = train_state.restart(
     *from_policy(params, router, width), value_optimizer, reference=False
@@ -123,11 +138,12 @@ def shardings(
   mesh: jax.sharding.Mesh,
   *,
   reference: bool,
+  adapters: lora.LoraConfig | None = None,
 ) -> PPOState:
   """The PPOState's NamedShardings."""
-  value = Value(policy.config)
+  value, how = Value(policy.config), dict(reference=reference, adapters=adapters)
   return PPOState(
-    train_state.shardings(policy, optimizer, mesh, reference=reference),
+    train_state.shardings(policy, optimizer, mesh, **how),
     train_state.shardings(value, value_optimizer, mesh, reference=False),
   )
 
@@ -223,7 +239,7 @@ def experience(
   """Values, token rewards and advantages of the sampled outputs, in shuffled
   minibatches: ([K, M / K] rows, metrics of the rollout)."""
   c, o, value = config, config.objective, Value(policy.config)
-  rows = recall(counted(slots, o), state.policy, policy, c)
+  rows = recall(counted(slots, o), state.policy.asked, policy, c)
   rewards = shaped(slots, rows, o, c.max_tokens)
   with jax.named_scope("values"):
     values = by_parts(

@@ -12,6 +12,7 @@ import numpy as np
 from r1jax import (
   diagnostics,
   grpo,
+  lora,
   ppo,
   rollout,
   segments,
@@ -26,7 +27,7 @@ from r1jax.evals import generate
 from r1jax.evaluator import Evaluator
 from r1jax.optimizer import make_optimizer
 from r1jax.profiling import Profile
-from r1jax.run import Run, compiled, put_batch, readable, take
+from r1jax.run import Run, adapters_of, compiled, put_batch, readable, take
 
 
 def reinforce(
@@ -42,14 +43,16 @@ def reinforce(
 
   Args:
     this: the run; it says what is asked, and what rewards it.
-    params, router: the weights to begin with; the first reference.
+    params, router: the weights to begin with; the first reference. With adapters the
+      params are given up: the state has its own, in the dtype of computation.
     stream: the problems of each rollout, indices of this.train, with get_state and
       set_state; None: all of them, shuffled again and again.
     token_budget: sampled tokens, with which it ends; 0: there is none.
     examine: (params, router, update) -> figures, asked beside each evaluation.
 
   Returns:
-    (params, router) after the last update.
+    (params, router) after the last update; adapters as they are, which lora.merged
+    makes plain.
   """
   c = this.config
   begin, shardings = beginning(this)
@@ -62,15 +65,20 @@ def reinforce(
   if step:
     with this.clock.phase("restore", step=step):
       shapes = jax.eval_shape(begin, params, router)
-      state = checkpoints.restore(step, shapes, shardings)
+      state = checkpoints.restore(step, shapes.kept, shardings.kept)
       host = checkpoints.restore_host(step)
     this.clock.restore(host["clock"])
     stream.set_state(host["stream"])
     this.progress.say(f"rl: continuing from update {step}")
-  else:
-    state = compiled(this, begin, params, router, out_shardings=shardings)(
+  adapters, _ = adapters_of(this)
+  if adapters or not step:
+    first = compiled(this, begin, params, router, out_shardings=shardings)(
       params, router
     )
+    state = state.on(first) if step else first
+  if adapters:
+    jax.tree.map(lambda x: x.delete(), params)
+    params = lora.frozen(state.params)
   evaluated = step if step else -1
   done = {"rl": step, "eval": evaluated, "examined": evaluated}
   for file in (this.metrics, this.samples, this.traces):
@@ -130,7 +138,7 @@ def reinforce(
     if last or step % c.checkpoint_every == 0:
       with this.clock.phase("save", step=step):
         host = {"stream": stream.get_state(), "clock": this.clock.state()}
-        checkpoints.save(step, state, host)
+        checkpoints.save(step, state.kept, host)
   checkpoints.close()
   return state.params, state.router
 
@@ -145,13 +153,20 @@ def beginning(this: Run) -> tuple[Any, Any]:
   """(function of the base's (params, router) to a first state, its shardings)."""
   c = this.config
   optimizer = make_optimizer(settings.optimizer_config(c))
+  adapters, adapt = adapters_of(this)
   how = dict(reference=settings.objective(c).needs_reference)
-  if "ppo" not in c:
-    begin = functools.partial(train_state.restart, optimizer=optimizer, **how)
-    return begin, train_state.shardings(this.policy, optimizer, this.mesh, **how)
-  how["value_optimizer"] = make_optimizer(settings.value_optimizer_config(c))
-  begin = functools.partial(ppo.restart, optimizer=optimizer, **how)
-  return begin, ppo.shardings(this.policy, optimizer, mesh=this.mesh, **how)
+  layout = train_state.shardings
+  if "ppo" in c:
+    how["value_optimizer"] = make_optimizer(settings.value_optimizer_config(c))
+    layout = ppo.shardings
+
+  def begin(params, router):
+    if "ppo" in c:
+      return ppo.restart(params, router, optimizer, adapt=adapt, **how)
+    return train_state.restart(adapt(params), router, optimizer, **how)
+
+  how_laid = dict(mesh=this.mesh, adapters=adapters)
+  return begin, layout(this.policy, optimizer, **how, **how_laid)
 
 
 def make_step(this: Run, window: int, state, batch, key) -> Any:

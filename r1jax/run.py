@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from r1jax import settings, sharding, train_state
+from r1jax import lora, settings, sharding, train_state
 from r1jax.agreement import agree, share_folder
 from r1jax.checkpoint import Checkpoints
 from r1jax.data import corpus
@@ -23,7 +23,8 @@ from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
 from r1jax.host_reward import HostReward
 from r1jax.metrics import MetricsFile, write_json
-from r1jax.models.policy import Policy
+from r1jax.models import hf
+from r1jax.models.policy import Policy, cast
 from r1jax.optimizer import make_optimizer
 from r1jax.progress import Clock, Progress
 from r1jax.prompts import PromptBatch
@@ -163,7 +164,8 @@ def prepare(
 
   policy = Policy(settings.policy_config(config, tokenizer.vocab))
   optimizer = make_optimizer(settings.optimizer_config(c))
-  train_state.shardings(policy, optimizer, mesh, reference=True)  # do weights divide?
+  how = dict(reference=True, adapters=settings.lora_config(c))
+  train_state.shardings(policy, optimizer, mesh, **how)  # do weights divide?
   encoded, asked = encode(world.train), encode(kept)
   windows = settings.windows(c, 1 + longest([page for _, page in pages]))
   for _, tokens in windows:
@@ -296,18 +298,46 @@ def load(workdir: pathlib.Path, *, base: bool = False) -> Kept:
     )
   config = ConfigDict(json.loads((workdir / "config.json").read_text()))
   tokenizer = open_tokenizer(tokenizer_place(workdir, config))
-  phase = workdir / "checkpoints" / ("pretrain" if base else "rl")
-  checkpoints = Checkpoints(phase) if phase.exists() else None
+  policy = Policy(settings.policy_config(config, tokenizer.vocab))
+  params, router = _newest(workdir, "pretrain" if base else "rl")
+  adapters = settings.lora_config(config)
+  if adapters and not base:
+    if folder := config.model.folder:
+      _, frozen, _ = hf.load(folder, **settings.computed(config))
+    else:
+      frozen, _ = _newest(workdir, "pretrain")
+    whole = lora.joined(cast(policy, frozen), params, adapters.scale)
+    params = jax.jit(lora.merged)(whole)
+  return Kept(config, tokenizer, policy, params, router)
+
+
+def _newest(workdir: pathlib.Path, phase: str) -> tuple[Any, Any]:
+  """(params, router) of a phase's last checkpoint; its adapters where it learns those.
+
+  Raises:
+    UserError: there is none yet.
+  """
+  folder = workdir / "checkpoints" / phase
+  checkpoints = Checkpoints(folder) if folder.exists() else None
   step = checkpoints and checkpoints.latest()
   if step is None:
+    other = "give --base for the policy before RL"
+    if phase == "pretrain":
+      other = "leave --base out"
     raise UserError(
-      f"{phase} holds no checkpoint yet: the run has not come that far. Wait for it, or"
-      + (" leave --base out." if base else " give --base for the policy before RL.")
+      f"{folder} holds no checkpoint yet: the run has not come that far. Wait for it,"
+      f" or {other}."
     )
-  params, router = checkpoints.weights(step)
+  found = checkpoints.weights(step)
   checkpoints.close()
-  policy = Policy(settings.policy_config(config, tokenizer.vocab))
-  return Kept(config, tokenizer, policy, params, router)
+  return found
+
+
+def adapters_of(this: Run) -> tuple[lora.LoraConfig | None, Callable[[Any], Any]]:
+  """(the config's adapters or None, function that gives fresh ones to weights)."""
+  found = settings.lora_config(this.config)
+  key = jax.random.fold_in(jax.random.key(this.config.seed), 3)
+  return found, functools.partial(lora.adapt, this.policy, config=found, key=key)
 
 
 def compiled(this: Run, function, *args, donate: tuple[int, ...] = (), **jit) -> Any:

@@ -7,11 +7,13 @@ import math
 
 from ml_collections import ConfigDict
 
-from r1jax import presets, prompts, sharding
+from r1jax import lora, presets, prompts, sharding
 from r1jax.errors import UserError
 from r1jax.grpo import GRPOConfig
+from r1jax.lora import LoraConfig
 from r1jax.models import hf
 from r1jax.models.config import PRESETS, PolicyConfig
+from r1jax.models.policy import Policy
 from r1jax.objective import Objective
 from r1jax.optimizer import OptimizerConfig, learning_rate
 from r1jax.ppo import PPOConfig
@@ -145,6 +147,14 @@ def idle(config: ConfigDict) -> list[str]:
   if not g.keep_sampling_mask:
     said.append("grpo.keep_sampling_mask has no effect: nothing is truncated.")
   return said
+
+
+def lora_config(config: ConfigDict) -> LoraConfig | None:
+  """None where all weights are learned. Raises UserError: as LoraConfig."""
+  section = getattr(config, "lora", None)  # runs of before have none
+  if section is None or section.rank == 0:
+    return None
+  return LoraConfig(section.rank, section.alpha, tuple(section.targets))
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
@@ -318,6 +328,7 @@ def check(config: ConfigDict, devices: int) -> None:
       f"pretrain.mtp_coef={c.pretrain.mtp_coef} needs model.mtp_depth=1",
     ),
     *learning_rules(c, o, sizes),
+    *adapter_rules(c, sizes),
     *reward_rules(c),
     *base_rules(c),
     *chat_rules(c),
@@ -367,6 +378,36 @@ def learning_rules(
       o.pool == 1 or o.filter_on == "reward" or parts.get(o.filter_on, 1) > 0,
       f"objective.filter_on={o.filter_on!r} chooses groups by a part of the reward"
       f" whose weight, reward.{o.filter_on}_weight, is 0: their advantages would be 0",
+    ),
+  ]
+
+
+def adapter_rules(c: ConfigDict, sizes: PolicyConfig) -> list[tuple[bool, str]]:
+  """(holds, what came and the rule): of low-rank adapters, if there are some.
+
+  Raises:
+    UserError: their settings, or targets that the policy does not have.
+  """
+  found = lora_config(c)
+  if found is None:
+    return []
+  lora.matrices(Policy(sizes), found.targets)
+  on = f"lora.rank={found.rank}"
+  return [
+    (
+      "distill" not in c,
+      f"{on}: R1's stages, students and reward models learn all of their weights; set"
+      " it to 0, or use python -m experiments.r1_zero or experiments.ppo",
+    ),
+    (
+      c.grpo.gather_weights,
+      f"grpo.gather_weights=False with {on}: every layer would add its adapters at"
+      " every token; set it to True",
+    ),
+    (
+      not c.grpo.mtp_coef,
+      f"grpo.mtp_coef={c.grpo.mtp_coef} with {on}: the MTP module has no adapters and"
+      " would learn nothing; set one of them to 0",
     ),
   ]
 

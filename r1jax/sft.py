@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from r1jax import lora
 from r1jax.models import moe
-from r1jax.models.policy import Policy, cast
+from r1jax.models.policy import Policy
 from r1jax.models.sequence import Sequence
 from r1jax.optimizer import OptimizerConfig, accumulate, descend
 from r1jax.train_state import TrainState
@@ -104,23 +105,25 @@ def step(
   mtp_coef: float = 0.0,
   micro_batches: int = 1,
 ) -> tuple[TrainState, dict]:
-  """One update of parameters and router biases."""
+  """One update of parameters, or of their adapters, and router biases."""
 
   counts = targets_ahead(pages, 1).sum(), targets_ahead(pages, 2).sum()
+  weights, whole = lora.split(policy, state.params)
 
-  def loss(params, part):
+  def loss(weights, part):
+    params = whole(weights)
     loss, aux = loss_fn(
       policy, params, state.router, part, counts=counts, mtp_coef=mtp_coef
     )
     return loss, (*aux, ())
 
-  grads, metrics, load, _ = accumulate(
-    loss, cast(policy, state.params), pages, micro_batches
+  grads, metrics, load, _ = accumulate(loss, weights, pages, micro_batches)
+  params, opt_state = descend(
+    optimizer, grads, lora.trained(state.params), state.opt_state
   )
-  params, opt_state = descend(optimizer, grads, state.params, state.opt_state)
   state = state.replace(
     step=state.step + 1,
-    params=params,
+    params=lora.put(state.params, params),
     router=moe.balance(state.router, load, router_bias_rate),
     opt_state=opt_state,
   )

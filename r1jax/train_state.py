@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from r1jax import sharding
+from r1jax import lora, sharding
 from r1jax.models import policy as policy_lib
 
 
@@ -16,17 +16,34 @@ from r1jax.models import policy as policy_lib
 class Reference:
   """The frozen policy of the KL term."""
 
-  params: Any
+  params: Any  # of a policy with adapters those alone
   router: Any
 
 
 @struct.dataclass
 class TrainState:
   step: jax.Array  # [] int32, updates done
-  params: Any  # float32, unboxed
+  params: Any  # float32, unboxed; or frozen weights with adapters (lora.py)
   router: Any  # the router biases, moved by the load and never by a gradient
   opt_state: Any
   reference: Reference | None  # None while there is no KL term (pre-training, SFT)
+
+  @property
+  def asked(self) -> "TrainState":
+    """The same with a reference of whole weights, as the forward pass takes them."""
+    if self.reference is None:
+      return self
+    whole = lora.put(self.params, self.reference.params)
+    return self.replace(reference=self.reference.replace(params=whole))
+
+  @property
+  def kept(self) -> "TrainState":
+    """What a checkpoint holds: frozen weights are those that the stage began with."""
+    return self.replace(params=lora.trained(self.params))
+
+  def on(self, begun: "TrainState") -> "TrainState":
+    """What a checkpoint held, on the frozen weights of a state that has just begun."""
+    return self.replace(params=lora.put(begun.params, self.params))
 
 
 def create(
@@ -48,13 +65,15 @@ def restart(
   *,
   reference: bool,
 ) -> TrainState:
-  """Step 0 of a new stage from given weights; the reference is a copy of them."""
-  copy = Reference(jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, router))
+  """Step 0 of a new stage from given weights, with adapters or without; the reference
+  is a copy of them (of the adapters alone: at first B = 0, so that it is the base)."""
+  learnt = lora.trained(params)
+  copy = Reference(jax.tree.map(jnp.copy, learnt), jax.tree.map(jnp.copy, router))
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     router=router,
-    opt_state=optimizer.init(params),
+    opt_state=optimizer.init(learnt),
     reference=copy if reference else None,
   )
 
@@ -65,11 +84,18 @@ def shardings(
   mesh: jax.sharding.Mesh,
   *,
   reference: bool,
+  adapters: lora.LoraConfig | None = None,
 ) -> TrainState:
   """The TrainState's NamedShardings, from the weights' logical axes."""
+  rules, key = policy.config.rules, jax.random.key(0)
+
+  def weights():
+    return policy_lib.init(policy, key)
 
   def boxed():
-    params, router = policy_lib.init(policy, jax.random.key(0))
+    params, router = weights()
+    if adapters is not None:
+      params = lora.init(policy, adapters, key)
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
@@ -78,4 +104,8 @@ def shardings(
       reference=Reference(params, router) if reference else None,
     )
 
-  return sharding.tree_shardings(jax.eval_shape(boxed), mesh, policy.config.rules)
+  found = sharding.tree_shardings(jax.eval_shape(boxed), mesh, rules)
+  if adapters is None:
+    return found
+  base, _ = sharding.tree_shardings(jax.eval_shape(weights), mesh, rules)
+  return found.replace(params=lora.joined(base, found.params, adapters.scale))

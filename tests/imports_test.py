@@ -19,6 +19,8 @@ RANKS = [
     " r1jax.rewards",
     "r1jax.ops r1jax.vocabulary",
     "r1jax.models r1jax.sampling",
+    "r1jax.lora",
+    "r1jax.peft",
     "r1jax.objective r1jax.train_state r1jax.optimizer r1jax.slots r1jax.packing",
     "r1jax.step_config r1jax.speculative",
     "r1jax.prompts r1jax.prefill r1jax.rollout r1jax.dynamic_sampling r1jax.experience"

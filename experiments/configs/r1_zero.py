@@ -152,6 +152,11 @@ def tiny() -> ConfigDict:
   c.optimizer.weight_decay = 0.0
   c.optimizer.clip_norm = 1.0
   c.optimizer.moments = "float32"  # or "bfloat16": half the memory of AdamW's moments
+  c.lora = ConfigDict()  # RL of low-rank adapters (r1jax/lora.py); the base is frozen
+  c.lora.rank = 0  # r; 0: all weights are learned
+  c.lora.alpha = 16.0  # an adapter counts alpha / r
+  c.lora.targets = ("attention",)  # "attention", "ffn" of dense layers, "shared" and
+  # routed "experts"; or matrices of attention: "w_q", "w_k", "w_v", "w_o", "w_dkv", ...
   c.reward = ConfigDict()
   c.reward.accuracy_weight = 1.0
   c.reward.format_weight = 0.5  # Differs: 1 in the paper; a base that only guesses
