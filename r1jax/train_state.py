@@ -87,15 +87,16 @@ def shardings(
   adapters: lora.LoraConfig | None = None,
 ) -> TrainState:
   """The TrainState's NamedShardings, from the weights' logical axes."""
-  rules, key = policy.config.rules, jax.random.key(0)
+  rules = policy.config.rules
 
+  # Keys are made where they are traced: the mesh may be of devices that are not here.
   def weights():
-    return policy_lib.init(policy, key)
+    return policy_lib.init(policy, jax.random.key(0))
 
   def boxed():
     params, router = weights()
     if adapters is not None:
-      params = lora.init(policy, adapters, key)
+      params = lora.init(policy, adapters, jax.random.key(0))
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
