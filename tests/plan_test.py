@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.configs.r1_zero import get_config
-from r1jax import plan, program_cost, sharding
+from r1jax import ahead_of_time, plan, program_cost, sharding
 from r1jax.errors import UserError
 
 SMALL = dict(
@@ -100,6 +100,20 @@ def turns_and_cache_are_those_of_the_sizes(config, found):
   assert set(found["programs"]) == {"prefill", "decode", "update"}
   update = found["programs"]["update"]
   assert update["collectives"]["all-to-all"][1] > 0
+
+
+def test_a_state_is_laid_out_for_devices_that_are_not_here():
+  """Nothing may be computed on them: a key that is made outside of a trace would."""
+  pytest.importorskip("libtpu")
+  config = small(expert=2, tensor=2)
+  mesh = sharding.make_mesh(ahead_of_time.devices("v5p:2x2x1"), **config.mesh)
+  sizes = plan.sizes_of(config)
+  with jax.set_mesh(mesh):
+    state, layouts, _ = plan._state(config, sizes.policy, mesh)
+  for spec, layout in zip(
+    jax.tree.leaves(state.params), jax.tree.leaves(layouts.params), strict=True
+  ):
+    assert spec.sharding == layout and layout.mesh == mesh
 
 
 # -- counting --------------------------------------------------------------------------
