@@ -151,7 +151,7 @@ def matrices(policy: Policy, targets: tuple[str, ...]) -> dict[str, tuple[int, i
 @functools.cache
 def _boxes(policy: Policy) -> dict:
   """{path with slashes: the weight's box}, of shapes and logical axes."""
-  boxed = jax.eval_shape(lambda: policy_lib.init(policy, jax.random.key(0)))[0]
+  boxed = policy_lib.boxes(policy)[0]
   is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)  # noqa: E731
   pairs = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)
   return {"/".join(key.key for key in path): box for path, box in pairs}

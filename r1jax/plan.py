@@ -280,8 +280,8 @@ REMEDIES = {
 @functools.cache
 def parameters(policy: Policy) -> int:
   """How many a policy has."""
-  shapes = jax.eval_shape(lambda: policy_lib.init(policy, jax.random.key(0)))
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(nn.unbox(shapes[0])))
+  shapes, _ = policy_lib.boxes(policy)
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(nn.unbox(shapes)))
 
 
 def _spec(x, layout):

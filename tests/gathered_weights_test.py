@@ -55,8 +55,7 @@ def test_the_same_tokens_are_drawn():
 
 def test_a_token_gathers_no_weights():
   once, each = (gathers_a_token(drawn(gather)[1]) for gather in (True, False))
-  assert once < each
-  print(once, each)
+  assert once < each - 8  # those of the layer's attention and of the head
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])

@@ -6,7 +6,6 @@ this process holds: beside the arrays it needs little more than a box.
 
 from collections.abc import Mapping
 import dataclasses
-import functools
 import json
 import pathlib
 from typing import Any
@@ -62,7 +61,7 @@ def load(
     raise UserError(f"params_dtype={params_dtype!r} must be one of {list(EXPORTED)}.")
   config, files, block = _opened(folder, changes)
   policy = policy_lib.Policy(config)
-  boxed, leaves = _boxes(policy), hf_names.leaves(config, shapes(policy))
+  boxed, leaves = policy_lib.boxes(policy), hf_names.leaves(config, shapes(policy))
   _check(folder, config, leaves, files, block)
   places = {}
   if mesh is not None:
@@ -114,11 +113,6 @@ def _changed(config: PolicyConfig, changes: Mapping[str, Any]) -> PolicyConfig:
   return dataclasses.replace(config, **changes)
 
 
-@functools.cache
-def _boxes(policy: policy_lib.Policy) -> tuple[dict, dict]:
-  return jax.eval_shape(lambda: policy_lib.init(policy, jax.random.key(0)))
-
-
 def _name(path: tuple) -> str:
   return "/".join(key.key for key in path)
 
@@ -131,7 +125,9 @@ def _flat(trees: tuple[dict, dict]) -> dict[str, Any]:
 
 def shapes(policy: policy_lib.Policy) -> dict[str, tuple[int, ...]]:
   """{path with slashes: shape} of parameters and router biases."""
-  return {path: x.shape for path, x in _flat(nn.unbox(_boxes(policy))).items()}
+  return {
+    path: x.shape for path, x in _flat(nn.unbox(policy_lib.boxes(policy))).items()
+  }
 
 
 # -- what does not fit -----------------------------------------------------------------

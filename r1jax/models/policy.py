@@ -364,7 +364,7 @@ def cast(policy: Policy, params: dict) -> dict:
     return w if wide else w.astype(policy.config.compute_dtype)
 
   is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
-  return jax.tree.map(one, _boxes(policy), params, is_leaf=is_box)
+  return jax.tree.map(one, boxes(policy)[0], params, is_leaf=is_box)
 
 
 def gathered(policy: Policy, params: dict) -> dict:
@@ -378,13 +378,14 @@ def gathered(policy: Policy, params: dict) -> dict:
   params = cast(policy, params)
   if jax.sharding.get_abstract_mesh().empty:
     return params
-  specs = sharding.tree_specs(_boxes(policy), "replicated")
+  specs = sharding.tree_specs(boxes(policy)[0], "replicated")
   return jax.lax.with_sharding_constraint(params, specs)
 
 
 @functools.cache
-def _boxes(policy: Policy) -> dict:
-  return jax.eval_shape(lambda: init(policy, jax.random.key(0)))[0]
+def boxes(policy: Policy) -> tuple[dict, dict]:
+  """The shapes of `init`, with the logical axes."""
+  return jax.eval_shape(lambda: init(policy, jax.random.key(0)))
 
 
 def init(policy: Policy, key: jax.Array) -> tuple[dict, dict]:
