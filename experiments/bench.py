@@ -9,6 +9,7 @@
   python -m experiments.bench rollout               # against transformers, and itself
   python -m experiments.bench packing               # updates of packed outputs
   python -m experiments.bench scaling               # costs as sizes grow, and FLOPs
+  python -m experiments.bench import                # a checkpoint: speed and memory
 
 A stopped benchmark of algorithms goes on where it was. Exit codes: 0 done, 2 a mistake
 in the command, 130 stopped by Ctrl-C, 1 anything else.
@@ -18,13 +19,22 @@ import argparse
 import json
 import sys
 
-from experiments.benches import algorithms, kernels, packing, rewards, rollout, scaling
+from experiments.benches import (
+  algorithms,
+  importing,
+  kernels,
+  packing,
+  rewards,
+  rollout,
+  scaling,
+)
 from r1jax.errors import UserError
 
 BENCHES = {
   "algorithms": algorithms,
   "kernels": kernels,
   "rewards": rewards,
+  "import": importing,
   "packing": packing,
   "rollout": rollout,
   "scaling": scaling,

@@ -1,7 +1,6 @@
 """Held-out problems, sampled and read as text, again and again during a run."""
 
 import dataclasses
-import itertools
 from typing import Any
 
 import jax
@@ -85,19 +84,24 @@ class Evaluator:
       samples = generate.Samples(
         this.held_out_problems, texts, said.lengths, said.ended
       )
-      how = dict(
-        prefill_think=this.config.data.prefill_think,
+      how = dict(prefill_think=this.config.data.prefill_think)
+      marks = generate.mark(
+        samples,
         format_style=this.config.reward.format_style,
+        scorer=this.host_reward.scorer if this.host_reward else None,
+        **how,
       )
-      scorer = this.host_reward.scorer if this.host_reward else None
-      figures = generate.summarise(samples, scorer=scorer, **how)
+      figures = generate.summarise(samples, marks, **how)
       # k1: the mean of log pi - log base over tokens that pi sampled.
       figures["kl_to_base"] = float(gap[said.mask].mean())
     this.metrics.write({"phase": "eval", "step": step, **figures})
-    shown = zip(this.held_out_problems, texts, strict=True)
-    for problem, group in itertools.islice(shown, SHOWN[0]):
-      row = {**dataclasses.asdict(problem), "texts": group[: SHOWN[1]]}
-      this.samples.write({"phase": "eval", "step": step, **row})
+    for i, problem in enumerate(this.held_out_problems):
+      row = {"phase": "eval", "step": step, **dataclasses.asdict(problem)}
+      row["correct"] = marks.correct[i].tolist()
+      row["format"] = marks.format[i].tolist()
+      if i < SHOWN[0]:
+        row["texts"] = texts[i][: SHOWN[1]]
+      this.samples.write(row)
     this.progress.say(
       f"held out, update {step}: "
       + ", ".join(f"{name} {value:.3g}" for name, value in figures.items())

@@ -15,11 +15,13 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
+import numpy as np
 import rich.console
 
 from r1jax import fine_tuning, report, settings, sft, sharding, token_report
 from r1jax.data import corpus
 from r1jax.errors import UserError
+from r1jax.evals.interval import interval
 from r1jax.metrics import MetricsFile, write_json
 from r1jax.models import hf
 from r1jax.progress import Clock, Progress
@@ -115,6 +117,7 @@ def conclude(this: Run) -> dict:
     "base": figures(evals[0]),
     "half_way": figures(half),
     "final": figures(evals[-1]),
+    "intervals": intervals(this.samples.rows(), evals[0]["step"], evals[-1]["step"]),
     "steps": c.steps,
     "outcomes": outcomes(train),
     "seconds": {**spent, "total": round(clock.elapsed, 1)},
@@ -139,6 +142,27 @@ def conclude(this: Run) -> dict:
   return summary
 
 
+def intervals(rows: list[dict], first: int, last: int) -> dict:
+  """95 % intervals over the held-out problems, of pass@1 and the format's rate.
+
+  Args:
+    rows: of samples.jsonl.
+    first, last: the evaluations to compare, by their steps.
+
+  Returns:
+    figure -> base, final and their change -> (low, high).
+  """
+  found = {}
+  for name, marks in (("pass_at_1", "correct"), ("format_rate", "format")):
+    base, final = (
+      np.array([np.mean(row[marks]) for row in rows if row["step"] == step])
+      for step in (first, last)
+    )
+    values = {"base": base, "final": final, "change": final - base}
+    found[name] = {column: interval(x) for column, x in values.items()}
+  return found
+
+
 def outcomes(rows: list[dict]) -> dict[str, int]:
   """How many of all samples drawn in RL ended how, and their number."""
   counts = {
@@ -150,7 +174,7 @@ def outcomes(rows: list[dict]) -> dict[str, int]:
 
 def show(console: rich.console.Console, workdir: pathlib.Path, summary: dict) -> None:
   """The result in the terminal: groups before and after, the table, the verdict."""
-  rows = MetricsFile(workdir / "samples.jsonl").rows()
+  rows = [r for r in MetricsFile(workdir / "samples.jsonl").rows() if "texts" in r]
   for heading, name in (("Before RL", "base"), ("After RL", "final")):
     step = summary[name]["step"]
     report.show_groups(console, [r for r in rows if r["step"] == step], heading)

@@ -73,12 +73,18 @@ def show_groups(
 
 
 def show_table(console: rich.console.Console, summary: dict) -> None:
-  """Base, half way and final, side by side."""
-  table = rich.table.Table("held-out problems", "base", "half way", "final")
+  """Base, half way and final, side by side; and by how much final is above base, in
+  95 % of resamplings of the problems."""
+  heads = "base", "half way", "final", "change (95 % over problems)"
+  table = rich.table.Table("held-out problems", *heads)
   for name in summary["final"]:
     if name != "step":
-      values = (summary[column][name] for column in ("base", "half_way", "final"))
-      table.add_row(name, *(f"{v:.3f}" for v in values))
+      values = [summary[column][name] for column in ("base", "half_way", "final")]
+      change = f"{values[2] - values[0]:+.3f}"
+      if name in summary["intervals"]:
+        low, high = summary["intervals"][name]["change"]
+        change += f" [{low:+.3f}, {high:+.3f}]"
+      table.add_row(name, *(f"{v:.3f}" for v in values), change)
   console.print(table)
 
 
@@ -89,10 +95,8 @@ def verdict(summary: dict) -> str:
   def change(name: str, digits: int) -> str:
     return f"{base[name]:.{digits}f} -> {final[name]:.{digits}f}"
 
-  gain = final["pass_at_1"] - base["pass_at_1"]
-  word = (
-    "learned" if gain > 0.1 else "lost accuracy" if gain < -0.02 else "hardly moved"
-  )
+  low, high = summary["intervals"]["pass_at_1"]["change"]
+  word = "learned" if low > 0 else "lost accuracy" if high < 0 else "hardly moved"
   return (
     f"RL {word}: pass@1 {change('pass_at_1', 2)}, length {change('mean_length', 1)}"
     f" tokens, reflection words a response {change('reflection_rate', 2)}, in"

@@ -68,6 +68,11 @@ def test_a_run_leaves_its_summary_curves_and_groups(finished):
   for column in ("base", "half_way", "final"):
     assert figures | {"format_rate"} <= set(summary[column])
   assert (summary["base"]["step"], summary["final"]["step"]) == (0, 12)
+  for name, found in summary["intervals"].items():
+    base, final = summary["base"][name], summary["final"][name]
+    for column, value in (("base", base), ("final", final), ("change", final - base)):
+      low, high = found[column]
+      assert low - 1e-9 <= value <= high + 1e-9, (name, column)
   assert summary["compilations"] == {
     "next_token_step": 1,
     "evaluate": 1,

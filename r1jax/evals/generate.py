@@ -47,25 +47,30 @@ def reflections(text: str) -> int:
   return len(REFLECTION.findall(text))
 
 
-def summarise(
+@dataclasses.dataclass(frozen=True)
+class Marks:
+  """What each sample was found to be, problems x samples."""
+
+  verdicts: list[list[Verdict]]
+  correct: np.ndarray  # bool
+  format: np.ndarray  # the format reward
+
+
+def mark(
   samples: Samples,
   *,
   prefill_think: bool,
   format_style: str = "tags",
   scorer: Scorer | None = None,
-) -> dict[str, float]:
-  """The figures of an evaluation, from text alone.
+) -> Marks:
+  """Judges samples by their text alone.
 
   Args:
     samples: what was said.
     prefill_think: the prompts ended in `<think>`.
     format_style: of the format reward.
-    scorer: says what is right; None: the exact comparison of accuracy.py.
-
-  Returns:
-    pass_at_1, cons_at_N, pass_at_N (N samples a problem), mean_length in tokens,
-    reflection_rate in words a response, format_rate, truncation_rate, and with a scorer
-    lost_rate: samples that could not be scored, which count as wrong.
+    scorer: says what is right; None: the exact comparison of accuracy.py. What it could
+      not score counts as wrong.
   """
   how = dict(prefill_think=prefill_think)
   pairs = [
@@ -77,44 +82,53 @@ def summarise(
     verdicts = scorer.verdicts(pairs)
   else:
     verdicts = [answered(text, p.answers, kind=p.kind, **how) for text, p in pairs]
+  correct = np.array([v.outcome == "correct" for v in verdicts])
+  formats = np.array([format_reward(t, style=format_style, **how) for t, _ in pairs])
   shape = len(samples.problems), -1
-  correct = np.array([v.outcome == "correct" for v in verdicts]).reshape(shape)
-  flat = [text for text, _ in pairs]
-  n = correct.shape[1]
-  voted, right = ballots(samples, verdicts, correct, **how)
-  formats = [format_reward(t, style=format_style, **how) for t in flat]
+  n = len(samples.texts[0])
+  rows = [verdicts[i : i + n] for i in range(0, len(verdicts), n)]
+  return Marks(rows, correct.reshape(shape), formats.reshape(shape))
+
+
+def summarise(
+  samples: Samples, marks: Marks, *, prefill_think: bool
+) -> dict[str, float]:
+  """The figures of an evaluation.
+
+  Returns:
+    pass_at_1, cons_at_N, pass_at_N (N samples a problem), mean_length in tokens,
+    reflection_rate in words a response, format_rate, truncation_rate, lost_rate:
+    samples that could not be scored.
+  """
+  correct, n = marks.correct, marks.correct.shape[1]
+  voted, right = ballots(samples, marks, prefill_think=prefill_think)
+  said = [reflections(text) for texts in samples.texts for text in texts]
+  lost = [v.outcome == "infrastructure" for row in marks.verdicts for v in row]
   return {
     "pass_at_1": pass_at_k.pass_at_1(correct),
     f"cons_at_{n}": pass_at_k.cons_at_n(voted, right),
     f"pass_at_{n}": pass_at_k.pass_at_k(correct, n),
     "mean_length": float(samples.lengths.mean()),
-    "reflection_rate": float(np.mean([reflections(t) for t in flat])),
-    "format_rate": float(np.mean(formats)),
+    "reflection_rate": float(np.mean(said)),
+    "format_rate": float(marks.format.mean()),
     "truncation_rate": float(1.0 - samples.ended.mean()),
-    **({"lost_rate": lost_rate(verdicts)} if scorer else {}),
+    "lost_rate": float(np.mean(lost)),
   }
 
 
 def ballots(
-  samples: Samples, verdicts: list[Verdict], correct: np.ndarray, *, prefill_think: bool
+  samples: Samples, marks: Marks, *, prefill_think: bool
 ) -> tuple[list[list[str | None]], np.ndarray]:
   """What the samples of each problem vote for, and whether it is right. Programs do not
   vote (no two are the same text), nor do samples that could not be scored."""
   kept = [i for i, p in enumerate(samples.problems) if p.kind != "code"]
-  n, found = correct.shape[1], []
+  found = []
   for i in kept:
     row = []
-    for text, verdict in zip(
-      samples.texts[i], verdicts[i * n : (i + 1) * n], strict=True
-    ):
+    for text, verdict in zip(samples.texts[i], marks.verdicts[i], strict=True):
       answer = extract_answer(text, prefill_think=prefill_think)
       if answer is not None and samples.problems[i].kind == "choice":
         answer = letter(answer)
       row.append(None if verdict.outcome == "infrastructure" else answer)
     found.append(row)
-  return found, correct[kept]
-
-
-def lost_rate(verdicts: list[Verdict]) -> float:
-  """The share of samples that could not be scored."""
-  return float(np.mean([v.outcome == "infrastructure" for v in verdicts]))
+  return found, marks.correct[kept]

@@ -84,20 +84,3 @@ class Card:
 
   def mean(self, row: str) -> float:
     return float(self.scores[row].mean())
-
-
-def interval(values: np.ndarray, *, draws: int = 2000, seed: int = 0) -> tuple:
-  """The 95 % interval of a mean over prompts, by bootstrap over the prompts.
-
-  Args:
-    values: [prompts], or paired differences.
-    draws: resamples.
-    seed: of them.
-
-  Returns:
-    (low, high).
-  """
-  rng = np.random.default_rng(seed)
-  picks = rng.integers(0, len(values), (draws, len(values)))
-  low, high = np.quantile(values[picks].mean(axis=1), [0.025, 0.975])
-  return float(low), float(high)

@@ -10,7 +10,8 @@ import numpy as np
 from scipy import stats
 
 from r1jax.data.problem import Problem
-from r1jax.evals.report_card import ROWS, Card, interval
+from r1jax.evals.interval import interval
+from r1jax.evals.report_card import ROWS, Card
 from r1jax.metrics import MetricsFile, write_json
 from r1jax.pipeline import display
 from r1jax.pipeline.project import Project, Weights

@@ -5,7 +5,7 @@ import pytest
 
 from r1jax.data.problem import Problem
 from r1jax.data.tokenizer import Tokenizer
-from r1jax.evals.generate import Samples, reflections, summarise, texts_of
+from r1jax.evals.generate import Samples, mark, reflections, summarise, texts_of
 from r1jax.rollout import Rollout
 
 
@@ -46,21 +46,29 @@ def samples(texts, answers, lengths, ended):
   return Samples(problems, texts, np.array(lengths), np.array(ended))
 
 
-def test_summarise_on_samples_made_by_hand():
+def summed_up(samples, *, prefill_think=False):
+  marks = mark(samples, prefill_think=prefill_think)
+  return summarise(samples, marks, prefill_think=prefill_think)
+
+
+def test_figures_of_samples_made_by_hand():
   good = "<think>so, wait</think><answer>{}</answer>"
-  figures = summarise(
-    samples(
-      texts=[
-        [good.format("7"), good.format("7.0"), good.format("8"), "no tags, but wait"],
-        [good.format("1"), "<answer>3</answer>", good.format("1"), ""],
-      ],
-      answers=[["7"], ["2", "3"]],
-      lengths=[[10, 20, 30, 40], [10, 10, 10, 10]],
-      ended=[[True, True, True, False], [True, True, True, False]],
-    ),
-    prefill_think=False,
+  said = samples(
+    texts=[
+      [good.format("7"), good.format("7.0"), good.format("8"), "no tags, but wait"],
+      [good.format("1"), "<answer>3</answer>", good.format("1"), ""],
+    ],
+    answers=[["7"], ["2", "3"]],
+    lengths=[[10, 20, 30, 40], [10, 10, 10, 10]],
+    ended=[[True, True, True, False], [True, True, True, False]],
   )
-  assert figures == {
+  marks = mark(said, prefill_think=False)
+  assert marks.correct.tolist() == [
+    [True, True, False, False],
+    [False, True, False, False],
+  ]
+  assert marks.format.tolist() == [[1, 1, 1, 0], [1, 0, 1, 0]]
+  assert summed_up(said) == {
     "pass_at_1": pytest.approx(3 / 8),
     "cons_at_4": pytest.approx(0.5),  # 7 has two votes of three; 1 beats 3
     "pass_at_4": pytest.approx(1.0),
@@ -68,22 +76,22 @@ def test_summarise_on_samples_made_by_hand():
     "reflection_rate": pytest.approx((1 + 1 + 1 + 2 + 1 + 0 + 1 + 0) / 8),
     "format_rate": pytest.approx(5 / 8),
     "truncation_rate": pytest.approx(0.25),
+    "lost_rate": 0.0,
   }
 
 
 @pytest.mark.parametrize("prefill, rate", [(False, 0.5), (True, 0.5)])
 def test_the_format_follows_the_prompt(prefill, rate):
   texts = [["<think>a</think><answer>7</answer>", "a</think><answer>7</answer>"]]
-  figures = summarise(
-    samples(texts, [["7"]], [[5, 5]], [[True, True]]), prefill_think=prefill
-  )
+  said = samples(texts, [["7"]], [[5, 5]], [[True, True]])
+  figures = summed_up(said, prefill_think=prefill)
   assert figures["format_rate"] == rate
   assert figures["pass_at_1"] == 1.0
 
 
-def test_summarise_refuses_texts_of_other_problems():
+def test_texts_of_other_problems_are_refused():
   with pytest.raises(ValueError):
-    summarise(samples([["x"]], [["7"], ["8"]], [[1]], [[True]]), prefill_think=False)
+    summed_up(samples([["x"]], [["7"], ["8"]], [[1]], [[True]]))
 
 
 def test_a_text_is_evaluated_as_a_text():
@@ -91,4 +99,4 @@ def test_a_text_is_evaluated_as_a_text():
   problem = Problem("sort", ("a, b",), kind="text")
   texts = [[f"<think>t</think><answer>{x}</answer>" for x in ("a, b", "b, a")]]
   samples = Samples([problem], texts, np.ones((1, 2)), np.ones((1, 2), bool))
-  assert summarise(samples, prefill_think=False)["pass_at_1"] == 0.5
+  assert summed_up(samples)["pass_at_1"] == 0.5
