@@ -10,9 +10,10 @@
   python -m experiments.bench packing               # updates of packed outputs
   python -m experiments.bench scaling               # costs as sizes grow, and FLOPs
   python -m experiments.bench import                # a checkpoint: speed and memory
+  python -m experiments.bench smollm2               # GRPO and LoRA on a published model
 
-A stopped benchmark of algorithms goes on where it was. Exit codes: 0 done, 2 a mistake
-in the command, 130 stopped by Ctrl-C, 1 anything else.
+A stopped benchmark of algorithms or of smollm2 goes on where it was. Exit codes: 0
+done, 2 a mistake in the command, 130 stopped by Ctrl-C, 1 anything else.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from experiments.benches import (
   rewards,
   rollout,
   scaling,
+  smollm2,
 )
 from r1jax.errors import UserError
 
@@ -38,6 +40,7 @@ BENCHES = {
   "packing": packing,
   "rollout": rollout,
   "scaling": scaling,
+  "smollm2": smollm2,
 }
 
 
@@ -63,7 +66,10 @@ def main(argv: list[str]) -> None:
     sys.exit(2)
   except KeyboardInterrupt:
     goes_on = "; the same command goes on where it was"
-    print("stopped" + goes_on * (options.bench == "algorithms"), file=sys.stderr)
+    print(
+      "stopped" + goes_on * (options.bench in ("algorithms", "smollm2")),
+      file=sys.stderr,
+    )
     sys.exit(130)
   if options.json:
     print(json.dumps(result))

@@ -45,12 +45,17 @@ class Evaluator:
         min_p=c.grpo.min_p,
       )
       rows = experience.rows_of(prompts, said)
+      # A sample of every problem at a time, or a few problems with all of theirs.
+      parts, group = c.eval.samples, 1
+      if c.grpo.whole_groups:
+        parts, group = c.grpo.minibatches * c.grpo.micro_batches, c.eval.samples
 
       def by_base(part):
-        return experience.completion_logprobs(this.policy, *base, part, temperature)[0]
+        return experience.completion_logprobs(
+          this.policy, *base, part, temperature, group=group
+        )[0]
 
-      # A sample of every problem at a time.
-      logprobs = experience.by_parts(by_base, rows, c.eval.samples)
+      logprobs = experience.by_parts(by_base, rows, parts, group)
       return said.spoken(), (rows.sampler_logprobs - logprobs).reshape(said.mask.shape)
 
     self.this = this

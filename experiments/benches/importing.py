@@ -144,9 +144,9 @@ def markdown(f: dict) -> list[str]:
   """The table, line by line."""
   lines = [
     f"{f['cores']} CPU cores, Python {f['python']}, JAX {f['jax']}; medians of"
-    f" {len(f['runs']['r1jax'])} loads in turn, each in a fresh process. {f['file_mb']:,.0f} MB of bfloat16 in the page"
-    f" cache, to {f['dtype']} arrays on the CPU; the largest tensor has"
-    f" {f['largest_tensor_mb']:,.0f} MB there.",
+    f" {len(f['runs']['r1jax'])} loads in turn, each in a fresh process."
+    f" {f['file_mb']:,.0f} MB of bfloat16 in the page cache, to {f['dtype']} arrays on"
+    f" the CPU; the largest tensor has {f['largest_tensor_mb']:,.0f} MB there.",
     "",
     "| | seconds | MB a second | peak RSS, MB | of it beyond the arrays, MB | of the"
     " largest tensor |",

@@ -72,7 +72,8 @@ def measure(options: argparse.Namespace, sizes: rollout_parts.Sizes) -> dict:
   if options.write and options.only:
     raise UserError("--write puts all parts into the docs; leave out --only.")
   if NEEDS_TORCH & set(names):
-    check_torch()
+    others = ",".join(x for x in PARTS if x not in NEEDS_TORCH)
+    check_torch(f", or measure the rest: --only={others}")
   found = {
     "bench": "rollout",
     "cores": rollout_parts.cores(),
@@ -107,14 +108,14 @@ def chosen(only: str) -> list[str]:
   return [name for name in names if name in wanted]
 
 
-def check_torch() -> None:
-  """Raises UserError where torch or transformers is missing."""
+def check_torch(instead: str) -> None:
+  """Raises UserError where torch or transformers is missing. Args: instead: what can
+  be measured without them."""
   for package in ("torch", "transformers"):
     if importlib.util.find_spec(package) is None:
-      others = [x for x in PARTS if x not in NEEDS_TORCH]
       raise UserError(
         f"{package}, which r1jax is compared with, is missing: pip install -e"
-        f' ".[test]" on Python 3.11, or measure the rest: --only={",".join(others)}.'
+        f' ".[test]" on Python 3.11{instead}.'
       )
 
 

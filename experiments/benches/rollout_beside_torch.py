@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,12 +75,30 @@ def qwen2(network: policy.Policy, params: dict) -> tuple[dict, dict[str, np.ndar
 def torch_process(
   network: policy.Policy, params: dict, prompts: PromptBatch
 ) -> Iterator[Callable]:
-  """(name of a method of rollout_torch.Model, arguments) -> what it returns there.
+  """`process` with a policy's weights.
 
   Raises:
     RuntimeError: its logits are not ours, or it ended.
   """
-  process = subprocess.Popen(
+  with process(*qwen2(network, params)) as call:
+    theirs = call("logits", np.asarray(prompts.tokens))
+    gap = np.abs(theirs - logits(network, params, prompts)).max()
+    if not gap < 1e-4:
+      raise RuntimeError(f"the logits of r1jax and transformers are {gap:.1e} apart")
+    yield call
+
+
+@contextlib.contextmanager
+def process(*model: Any) -> Iterator[Callable]:
+  """(name of a method, arguments) -> what it returns in rollout_torch.
+
+  Args:
+    model: the arguments of its model, after the threads.
+
+  Raises:
+    RuntimeError: it ended.
+  """
+  child = subprocess.Popen(
     [sys.executable, "-m", "experiments.benches.rollout_torch"],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
@@ -89,22 +108,18 @@ def torch_process(
 
   def call(*command):
     try:
-      pickle.dump(command, process.stdin)
-      process.stdin.flush()
-      return pickle.load(process.stdout)
+      pickle.dump(command, child.stdin)
+      child.stdin.flush()
+      return pickle.load(child.stdout)
     except (EOFError, BrokenPipeError):
       raise RuntimeError("the process of torch ended; it says why above") from None
 
   try:
-    call(parts.cores(), *qwen2(network, params))
-    theirs = call("logits", np.asarray(prompts.tokens))
-    gap = np.abs(theirs - logits(network, params, prompts)).max()
-    if not gap < 1e-4:
-      raise RuntimeError(f"the logits of r1jax and transformers are {gap:.1e} apart")
+    call(parts.cores(), *model)
     yield call
   finally:
-    process.kill()
-    process.communicate()
+    child.kill()
+    child.communicate()
 
 
 def logits(network: policy.Policy, params: dict, prompts: PromptBatch) -> jax.Array:

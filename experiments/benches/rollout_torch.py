@@ -2,7 +2,8 @@
 their own: neither library's threads then wait on the other's cores.
 
 Commands come pickled on stdin, their results go pickled to stdout. The first command is
-the Model's arguments, which returns None; the others are (name of a method, arguments).
+the arguments of a Model or, if they are two, of a Published, and returns None; the
+others are (name of a method, arguments).
 """
 
 import pickle
@@ -84,6 +85,41 @@ class Model:
     return rolled - start, time.perf_counter() - rolled
 
 
+class Published(Model):
+  """A checkpoint of a folder."""
+
+  def __init__(self, threads: int, folder: str):
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    self.net = transformers.AutoModelForCausalLM.from_pretrained(
+      folder, dtype=torch.float32
+    ).eval()
+
+  def sample(
+    self, prompts: np.ndarray, mask: np.ndarray, group: int, new: int
+  ) -> tuple[float, int]:
+    """(seconds, tokens) of group completions a prompt, each to its end or to `new`
+    tokens. Args: prompts, mask: [B, P], padded on the left."""
+    tokens = torch.from_numpy(prompts).long()
+    start = time.perf_counter()
+    said = self.net.generate(
+      tokens,
+      attention_mask=torch.from_numpy(mask).long(),
+      num_return_sequences=group,
+      do_sample=True,
+      temperature=1.0,
+      top_k=0,
+      top_p=1.0,
+      max_new_tokens=new,
+      use_cache=True,
+    )[:, tokens.shape[1] :]
+    seconds = time.perf_counter() - start
+    ends = self.net.generation_config.eos_token_id
+    before = torch.isin(said, torch.tensor(ends)).cumsum(1)
+    lengths = (before == 0).sum(1) + (before > 0).any(1).long()
+    return seconds, int(lengths.sum())
+
+
 def main() -> None:
   commands, results = sys.stdin.buffer, sys.stdout.buffer
   sys.stdout = sys.stderr  # whatever a library prints is no result
@@ -96,7 +132,7 @@ def main() -> None:
       return
     result = None
     if model is None:
-      model = Model(*command)
+      model = (Published if len(command) == 2 else Model)(*command)
     else:
       name, *arguments = command
       result = getattr(model, name)(*arguments)

@@ -291,17 +291,20 @@ def given(c: ConfigDict) -> None:
 
 
 def smollm2_135m(c: ConfigDict) -> None:
-  """SmolLM2-135M-Instruct on sums: python -m experiments.fetch_smollm2 first."""
+  """SmolLM2-135M-Instruct on sums of three digits: experiments.fetch_smollm2 first."""
   c.preset = "smollm2_135m"
   c.model.folder = "models/smollm2_135m"
   c.model.dtype = "float32"
   c.model.remat = "all"
-  c.chain.min_terms, c.chain.max_terms, c.chain.high = 2, 4, 20
+  c.chain.min_terms, c.chain.max_terms, c.chain.high = 3, 3, 10
+  c.counts.pretrain, c.counts.train, c.counts.held_out = 100, 300, 64
   c.data.examples = 3  # it does not follow the instruction alone
   c.windows = ((0, 96),)
   c.steps = 16
   c.prompts = 4
   c.grpo.group_size = 8
+  c.grpo.slots = 16
+  c.grpo.temperature = 0.7  # its four-bit weights ramble at 1
   c.grpo.minibatches = 1
   c.grpo.micro_batches = 4
   c.grpo.reference_refresh = 0
