@@ -16,6 +16,9 @@ r"""Does a step of R1-Zero fit a machine that is not here, and what binds it?
 --mean_tokens=8000     of an output, for the rollout's time; 0: the whole window
 --json                 all of it as one JSON object, in the last line
 
+Of a config that names a checkpoint (config.model.folder) only config.json and the
+headers of its files are read; without them, config.model.preset says the sizes.
+
 Prefill, a turn of decoding and an update are compiled without a device: a TPU's
 compiler is in pip install -e ".[tpu]", a GPU's in ".[cuda]" (Linux). Nothing runs.
 Exit codes: 0 it fits, 2 it does not or a mistake in the command.
@@ -49,6 +52,7 @@ def main(config: ConfigDict, workdir: str) -> None:
   from r1jax import ahead_of_time, plan, plan_search
   from r1jax.errors import UserError
 
+  folder, config = config.model.folder, plan.of_preset(config)
   kind, _, count = options.topology.partition(":")
   if kind == "cpu" and count.isdigit() and int(count):
     jax.config.update("jax_num_cpu_devices", int(count))
@@ -76,6 +80,9 @@ def main(config: ConfigDict, workdir: str) -> None:
   out = rich.console.Console()
   if options.smallest:
     show_tried(out, tried)
+  if folder and not config.model.folder:
+    text = f"{folder} is not here: these are the sizes of {config.model.preset}."
+    out.print(text, highlight=False)
   show(out, found)
   if not found["fits"]:
     out.print(nearest(found["chips"]), highlight=False, soft_wrap=True)

@@ -117,7 +117,6 @@ def completion_logprobs(
     return logprobs, out.replace(cache=None)
   out = out.replace(
     hidden=seq.by_output(out.hidden),
-    trunk=seq.by_output(out.trunk),
     experts=None if out.experts is None else jax.vmap(seq.by_output)(out.experts),
     cache=None,
   )

@@ -72,7 +72,7 @@ def mtp_nll(
 ) -> tuple[jax.Array, dict]:
   """The MTP module's summed -log P(token) over the completions' tokens, and its load.
 
-  Only the module's own weights get a gradient: trunk, embedding and head belong to the
+  Only the module's own weights get a gradient: layers, embedding and head belong to the
   policy gradient. So the module follows the policy as its draft head and does not pull
   the policy towards its own samples.
   """
@@ -82,8 +82,8 @@ def mtp_nll(
     for name, x in params.items()
   }
   variables = {"params": own, "router": router}
-  trunk = jax.lax.stop_gradient(out.trunk)
-  hidden, load = policy.apply(variables, trunk, tokens, seq, method="mtp")
+  hidden = jax.lax.stop_gradient(out.hidden)
+  hidden, load = policy.apply(variables, hidden, tokens, seq, method="mtp")
   # Position i predicts token i + 2 of its own segment.
   logprobs, _ = policy.apply(
     variables, hidden[:, :-2], tokens[:, 2:], method="token_statistics"

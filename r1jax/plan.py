@@ -112,13 +112,29 @@ class Sizes:
   window: int  # output tokens
 
 
+def of_preset(config: ConfigDict) -> ConfigDict:
+  """The config with the sizes of model.preset, where those are a published model's and
+  the checkpoint that it names is not here; its prompts are then tokens, of no text."""
+  folder = config.model.folder
+  if not folder or pathlib.Path(folder).exists() or not _released(config):
+    return config
+  config = config.copy_and_resolve_references()
+  config.model.folder, config.data.template, config.data.examples = "", "short", 0
+  return config
+
+
+def _released(config: ConfigDict) -> int | None:
+  """The vocabulary of a preset that is a published model's."""
+  preset = PRESETS.get(config.model.preset)
+  vocab = preset and inspect.signature(preset).parameters["vocab"].default
+  return vocab if isinstance(vocab, int) else None
+
+
 def sizes_of(config: ConfigDict) -> Sizes:
   """The first window's. Where the config leaves lengths or the vocabulary to the task's
   problems, those are made."""
-  preset = PRESETS.get(config.model.preset)
-  vocab = preset and inspect.signature(preset).parameters["vocab"].default
-  first = settings.windows(config, longest_page=0)[0][1]
-  if config.data.prompt_length and first and isinstance(vocab, int):
+  vocab, first = _released(config), settings.windows(config, longest_page=0)[0][1]
+  if config.data.prompt_length and first and vocab:
     policy = Policy(settings.policy_config(config, vocab))
     return Sizes(policy, config.data.prompt_length, first)
   mesh = sharding.make_mesh(jax.devices()[:1])

@@ -23,11 +23,10 @@ class Read:
   hidden: jax.Array  # B D, of each prompt's last token, after the final norm
   norms: jax.Array  # N B float32, of each layer's output there
   experts: jax.Array | None  # N B P A, of the N MoE layers; None: not recorded
-  trunk: jax.Array | None  # B D, before the final norm; for drafts, else None
-  draft_cache: jax.Array | None  # 1 B P L, the MTP module's entries; likewise
+  draft_cache: jax.Array | None  # 1 B P L, the MTP module's entries; None: no drafts
 
 
-ROWS = Read(cache=1, hidden=0, norms=1, experts=1, trunk=0, draft_cache=1)  # their axes
+ROWS = Read(cache=1, hidden=0, norms=1, experts=1, draft_cache=1)  # their axes
 
 
 def read(
@@ -56,15 +55,14 @@ def read(
     variables = {"params": params, "router": router}
     seq = sequence.Sequence.of_mask(mask)
     out = policy.apply(variables, tokens, seq)
-    trunk = entries = None
+    entries = None
     if drafts:
-      args = out.trunk, tokens, seq
+      args = out.hidden, tokens, seq
       entries = policy.apply(variables, *args, method="mtp_entries")
       # The module's input at the last token needs the one after it: an output's own.
       entries = jnp.pad(entries[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
-      trunk = out.trunk[:, -1]
     experts = slots.narrow(policy, out.experts) if record_experts else None
-    return Read(out.cache, out.hidden[:, -1], out.norms, experts, trunk, entries)
+    return Read(out.cache, out.hidden[:, -1], out.norms, experts, entries)
 
   args = prompts.tokens, prompts.mask
   return some(*args) if parts == 1 else _in_parts(some, args, parts, shards)

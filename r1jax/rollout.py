@@ -176,7 +176,6 @@ def start(
       lengths=cut(lengths),
       hidden=cut(out.hidden),
       norms=cut(out.norms.swapaxes(0, 1)),
-      trunk=cut(out.trunk) if made.drafts else None,
     ),
     slots=slots.idle(policy, out, batch * s.group_size // made.shards, made, s),
     cache=cache,

@@ -87,7 +87,7 @@ def loss_fn(
   metrics = {"nll": loss}
   if mtp_coef:
     hidden, mtp_load = policy.apply(
-      variables, out.trunk, pages.tokens, seq, method="mtp"
+      variables, out.hidden, pages.tokens, seq, method="mtp"
     )
     metrics["mtp_nll"] = nll(hidden, 2)
     loss = loss + mtp_coef * metrics["mtp_nll"]

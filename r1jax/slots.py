@@ -49,7 +49,6 @@ class Prompts:
   lengths: jax.Array  # B int32
   hidden: jax.Array  # B D, of the last token
   norms: jax.Array  # B N
-  trunk: jax.Array | None  # B D, of the last token; for drafts alone
 
 
 @struct.dataclass
@@ -57,7 +56,7 @@ class Draft:
   """What a slot remembers of its drafts (speculative.py)."""
 
   token: jax.Array  # S int32, the output's last
-  trunk: jax.Array  # S 2 D, of the two tokens before those that come
+  before: jax.Array  # S D, the hidden state of the token before the last
   rejected: jax.Array  # S bool, the last draft was
   probabilities: jax.Array  # S V float32, that it had been drawn with
 
@@ -166,7 +165,7 @@ def idle(policy, out, nothing, made, s) -> Slots:
   if made.drafts:
     draft = Draft(
       token=new(0),
-      trunk=new(0, 2, width, dtype=dtype),
+      before=new(0, width, dtype=dtype),
       rejected=new(False, dtype=bool),
       probabilities=new(0, policy.config.vocab, dtype=jnp.float32),
     )
@@ -348,7 +347,7 @@ def turn(carry: Decoding, over: jax.Array, grown: jax.Array) -> Decoding:
     matched, draft = slots.matched, slots.draft
     if draft is not None:
       draft = draft.replace(
-        trunk=fresh(draft.trunk, prompts.trunk[prompt][:, None]),
+        before=fresh(draft.before, prompts.hidden[prompt]),
         rejected=draft.rejected & going,
       )
     slots = Slots(

@@ -76,7 +76,7 @@ def step(
   )
   hidden, draft_cache = policy.apply(
     variables,
-    draft.trunk,
+    jnp.stack([draft.before, c.slots.hidden], axis=1),
     jnp.stack([draft.token, token], axis=1),
     back,
     c.draft_cache,
@@ -105,11 +105,9 @@ def step(
   def last(x):  # [S, 2, ...]: of the last token that was written
     return jnp.where(accepted.reshape(-1, *[1] * (x.ndim - 2)), x[:, 1], x[:, 0])
 
-  # Before the next token lies the last one; before that, the one before.
-  before = jnp.where(accepted[:, None], out.trunk[:, 0], draft.trunk[:, 1])
   draft = draft.replace(
     token=last(tokens),
-    trunk=jnp.stack([before, last(out.trunk)], axis=1),
+    before=jnp.where(accepted[:, None], out.hidden[:, 0], c.slots.hidden),
     rejected=may & ~accepted,
     probabilities=jax.nn.softmax(q),
   )

@@ -123,7 +123,7 @@ def mtp_logits(weights, rows):
   mask = jnp.concatenate([rows.prompt_mask, rows.completion_mask], axis=1)
   variables, seq = variables_of(weights), Sequence.of_mask(mask)
   out = POLICY.apply(variables, tokens, seq)
-  hidden, _ = POLICY.apply(variables, out.trunk, tokens, seq, method="mtp")
+  hidden, _ = POLICY.apply(variables, out.hidden, tokens, seq, method="mtp")
   return POLICY.apply(variables, hidden, method="logits"), tokens, mask
 
 

@@ -45,7 +45,7 @@ def test_parts_read_what_the_whole_reads(parts, shape):
 
 def test_nothing_is_kept_that_nobody_needs():
   found = read(2, ONE, drafts=False)[0]  # nor records
-  assert found.trunk is None and found.draft_cache is None and found.experts is None
+  assert found.draft_cache is None and found.experts is None
 
 
 def test_a_part_holds_less():

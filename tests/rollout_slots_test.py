@@ -4,6 +4,7 @@ the same rollout with a slot for every output."""
 import dataclasses
 import functools
 
+from flax import linen as nn
 import grpo_golden as golden
 import jax
 import jax.numpy as jnp
@@ -497,8 +498,8 @@ def test_a_prompt_whose_logits_are_not_finite_is_marked_and_ends_the_loop(name, 
 
 @both
 def test_norms_are_those_of_each_layers_output_at_the_last_token(name, key):
-  """The head spoils all logits after three tokens. A layer's output is the trunk of a
-  network that ends there."""
+  """The head spoils all logits after three tokens. A layer's output goes into the final
+  norm of a network that ends there."""
   network, (params, router) = NETWORKS[name], weights_of(name)
   how = dict(group_size=GROUP, max_tokens=LENGTH, pad_id=PAD)
   s = sampling.Sampler(**how)
@@ -521,8 +522,16 @@ def test_norms_are_those_of_each_layers_output_at_the_last_token(name, key):
     elif n == 1:
       left["dense_layers"] = jax.tree.map(lambda w: w[:1], params["dense_layers"])
     variables = {"params": left, "router": router if n == 2 else {}}
-    trunk = part.apply(variables, tokens, seq).trunk[:, -1]
-    want = np.linalg.norm(np.asarray(trunk, np.float64), axis=-1)
+    seen = []
+
+    def watch(call, args, kwargs, context, seen=seen):
+      if context.module.name == "final_norm":
+        seen.append(args[0][:, -1])
+      return call(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+      part.apply(variables, tokens, seq)
+    want = np.linalg.norm(np.asarray(seen[0], np.float64), axis=-1)
     np.testing.assert_allclose(drawn.norms[..., n - 1].ravel(), want, rtol=1e-4)
 
 

@@ -126,7 +126,7 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token_and_of_the_one_after(
     variables = {"params": params, "router": router}
     seq = Sequence(positions=sft.positions(pages.segments), segments=pages.segments)
     out = NETWORK.apply(variables, pages.tokens, seq)
-    ahead, _ = NETWORK.apply(variables, out.trunk, pages.tokens, seq, method="mtp")
+    ahead, _ = NETWORK.apply(variables, out.hidden, pages.tokens, seq, method="mtp")
     return tuple(
       NETWORK.apply(variables, h, method="logits") for h in (out.hidden, ahead)
     )

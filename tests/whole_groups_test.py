@@ -223,10 +223,10 @@ def test_the_mtp_module_refuses_a_row_of_a_group():
   seq = Sequence.of_groups(jnp.ones((1, 3), bool), jnp.ones((1, 2, 4), bool))
   tokens = jnp.ones((1, 11), jnp.int32)
   params, router = golden.weights(EXPERTS)
-  trunk = jnp.zeros((1, 11, EXPERTS.config.width))
+  hidden = jnp.zeros((1, 11, EXPERTS.config.width))
   with pytest.raises(ValueError, match="a row for each output"):
     EXPERTS.apply(
-      {"params": params, "router": router}, trunk, tokens, seq, method="mtp"
+      {"params": params, "router": router}, hidden, tokens, seq, method="mtp"
     )
 
 

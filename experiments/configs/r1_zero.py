@@ -23,7 +23,10 @@ from ml_collections.config_dict import placeholder
 
 from r1jax.objective import Objective
 
-PRESETS = ("tiny", "puzzle", "paper", "smollm2_135m")
+PRESETS = (
+  *("tiny", "puzzle", "paper"),
+  *("smollm2_135m", "qwen3_0_6b", "qwen2_5_1_5b", "moonlight_16b"),
+)
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
@@ -279,8 +282,8 @@ def paper(c: ConfigDict) -> None:
 
 
 def given(c: ConfigDict) -> None:
-  """What all runs on a published model share: its own chat template, rewards from text,
-  chained sums of one-digit numbers."""
+  """What all runs on a published model share: its own chat template, and rewards from
+  text."""
   c.pretrain.steps = 0
   c.data.template = "chat"
   c.reward.host = True
@@ -288,6 +291,25 @@ def given(c: ConfigDict) -> None:
   c.objective.preset = "paper"
   c.optimizer.schedule = "constant"
   c.optimizer.warmup_steps = 0
+
+
+def word_problems(c: ConfigDict) -> None:
+  """GSM8K's training file, a tenth of it held out; 64 problems x 16 outputs a rollout.
+  Sizes and rates are ours: nobody has run them."""
+  c.data.source, c.data.problems = "gsm8k", "data/gsm8k/train.jsonl"
+  c.data.held_out = 0.1
+  c.data.prompt_length = 384
+  c.model.dtype = "bfloat16"
+  c.model.remat = "nothing"
+  c.prompts, c.grpo.group_size = 64, 16
+  c.grpo.minibatches = 2
+  c.segment_tokens = 256
+  c.steps = 1000
+  c.optimizer.learning_rate = 1e-6
+  c.optimizer.warmup_steps = 10
+  c.grpo.reference_refresh = 400
+  c.eval.problems, c.eval.samples, c.eval.every = 128, 4, 50
+  c.checkpoint_every = 50
 
 
 def smollm2_135m(c: ConfigDict) -> None:
@@ -314,4 +336,40 @@ def smollm2_135m(c: ConfigDict) -> None:
   c.checkpoint_every = 8
 
 
-GIVEN = {"smollm2_135m": smollm2_135m}
+def qwen3_0_6b(c: ConfigDict) -> None:
+  """Qwen3-0.6B-Base."""
+  c.preset = c.model.preset = "qwen3_0_6b"
+  c.model.folder = "models/Qwen3-0.6B-Base"
+  word_problems(c)
+  c.windows = ((0, 2048),)
+  c.grpo.slots = 128
+  c.grpo.micro_batches = 32
+
+
+def qwen2_5_1_5b(c: ConfigDict) -> None:
+  """Qwen2.5-1.5B."""
+  c.preset, c.model.preset = "qwen2_5_1_5b", "qwen2_5_1_5b_base"
+  c.model.folder = "models/Qwen2.5-1.5B"
+  word_problems(c)
+  c.windows = ((0, 2048),)
+  c.grpo.slots = 256
+  c.grpo.micro_batches = 4
+
+
+def moonlight_16b(c: ConfigDict) -> None:
+  """Moonlight-16B-A3B: DeepSeek-V3's architecture."""
+  c.preset = c.model.preset = "moonlight_16b"
+  c.model.folder = "models/Moonlight-16B-A3B"
+  word_problems(c)
+  c.mesh.fsdp, c.mesh.expert, c.mesh.tensor = 1, 16, 4
+  c.model.moe = "ragged"
+  c.windows = ((0, 8192),)
+  c.grpo.slots = 256
+  c.grpo.record_experts = False
+  c.grpo.micro_batches = 4
+
+
+GIVEN = {
+  preset.__name__: preset
+  for preset in (smollm2_135m, qwen3_0_6b, qwen2_5_1_5b, moonlight_16b)
+}

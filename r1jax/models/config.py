@@ -318,6 +318,18 @@ def qwen2_5_1_5b(vocab: int = 151_936, **changes) -> PolicyConfig:
   return _dense(vocab, QWEN | sizes, changes)
 
 
+def qwen2_5_1_5b_base(vocab: int = 151_936, **changes) -> PolicyConfig:
+  """Qwen2.5-1.5B, whose embedding is its head (1.54 B parameters)."""
+  return qwen2_5_1_5b(vocab, **dict(tied_embeddings=True, rope_theta=1e6) | changes)
+
+
+def qwen3_0_6b(vocab: int = 151_936, **changes) -> PolicyConfig:
+  """Qwen3-0.6B, whose embedding is its head (0.60 B parameters)."""
+  sizes = dict(width=1024, layers=28, heads=16, kv_heads=8, dense_ffn=3072)
+  sizes |= dict(qk_norm=True, rope_theta=1e6, tied_embeddings=True)
+  return _dense(vocab, LARGE | sizes, changes)
+
+
 def qwen2_5_7b(vocab: int = 152_064, **changes) -> PolicyConfig:
   """DeepSeek-R1-Distill-Qwen-7B, of Qwen2.5-Math-7B."""
   sizes = dict(width=3584, layers=28, heads=28, kv_heads=4, dense_ffn=18_944)
@@ -353,7 +365,7 @@ def llama_70b(vocab: int = 128_256, **changes) -> PolicyConfig:
 PRESETS = {
   preset.__name__: preset
   for preset in (
-    *(tiny, v3_671b, moonlight_16b, tiny_dense, qwen2_5_1_5b, qwen2_5_7b, qwen2_5_14b),
-    *(qwen2_5_32b, llama_8b, llama_70b),
+    *(tiny, v3_671b, moonlight_16b, tiny_dense, qwen3_0_6b, qwen2_5_1_5b_base),
+    *(qwen2_5_1_5b, qwen2_5_7b, qwen2_5_14b, qwen2_5_32b, llama_8b, llama_70b),
   )
 }

@@ -25,7 +25,6 @@ from r1jax.models.sequence import Sequence
 @struct.dataclass
 class Forward:
   hidden: jax.Array  # B T D, after the final norm
-  trunk: jax.Array  # B T D, before it (the MTP module's input)
   cache: jax.Array  # N B T L, of the entries' layout config.cache
   load: dict  # {stack of MoE layers: [layers, E] float32}
   # seq.outputs float32, the sequence-wise balance loss, summed over layers
@@ -40,7 +39,6 @@ class Decoded:
   """What `Policy.decode` says of Q new tokens of each of S rows."""
 
   hidden: jax.Array  # S Q D, after the final norm
-  trunk: jax.Array  # S Q D, before it
   cache: Cache  # with the tokens' entries
   experts: jax.Array | None  # N S Q A int32, the router's choice in the N MoE layers
   norms: jax.Array  # N S float32, of each layer's output at the last token
@@ -187,13 +185,13 @@ class Policy(nn.Module):
     """
     seq = seq.replace(turns=rope_turns(seq.positions, self.config))
     carry = sharding.shard_tokens(self._embed(tokens)), None
-    (trunk, _), caches, routing, norms = self._layers(carry, None, replay, seq)
+    (x, _), caches, routing, norms = self._layers(carry, None, replay, seq)
+    hidden = self.final_norm(x)
     if self.is_initializing() and self.config.mtp_depth:
-      self.mtp(trunk, tokens, seq)
+      self.mtp(hidden, tokens, seq)
     moe = routing.get("moe_layers")
     return Forward(
-      hidden=self.final_norm(trunk),
-      trunk=trunk,
+      hidden=hidden,
       cache=jnp.concatenate(caches, axis=0),
       load={name: r.load for name, r in routing.items()},
       balance=jnp.zeros(seq.outputs) if moe is None else moe.balance.sum(axis=0),
@@ -221,15 +219,14 @@ class Policy(nn.Module):
     turns = jax.lax.optimization_barrier(rope_turns(at.positions, self.config))
     at, x = at.replace(turns=turns), self._embed(tokens)
     if cache.split:
-      trunk, own, experts, norms = self._unrolled(x, at, cache, layers)
+      x, own, experts, norms = self._unrolled(x, at, cache, layers)
     else:
       carry = x, cache.own
-      (trunk, own), _, routing, norms = self._layers(carry, cache.prompts, None, at)
+      (x, own), _, routing, norms = self._layers(carry, cache.prompts, None, at)
       moe = routing.get("moe_layers")
       experts = None if moe is None else moe.experts
     return Decoded(
-      hidden=self.final_norm(trunk),
-      trunk=trunk,
+      hidden=self.final_norm(x),
       cache=cache.replace(own=own),
       experts=experts,
       norms=norms,
@@ -274,30 +271,31 @@ class Policy(nn.Module):
     )
 
   def mtp(
-    self, trunk: jax.Array, tokens: jax.Array, seq: Sequence
+    self, hidden: jax.Array, tokens: jax.Array, seq: Sequence
   ) -> tuple[jax.Array, dict]:
     """Multi-token prediction (report, Eq. 21-23): at i, the hidden for token i + 2.
 
     h'_i = M [norm(Emb(t_i+1)) ; norm(h_i)], one more block, a norm, the shared head.
     Differs: the report prints [hidden ; embedding]; the released weights expect the
-    embedding first, and so do we.
+    embedding first, and so do we. It leaves open whether h_i comes before or after the
+    final norm; their own code and transformers hand over what comes after it.
 
     Args:
-      trunk: [B, T, D] from `__call__`.
+      hidden: [B, T, D] from `__call__`.
       tokens: [B, T].
       seq: as in `__call__`.
 
     Returns:
       (hidden [B, T, D] for `logits`, {"mtp_layer": load [E]}).
     """
-    x, _, routing = self._mtp(trunk, tokens, seq)
+    x, _, routing = self._mtp(hidden, tokens, seq)
     return self.mtp_norm(x), {"mtp_layer": routing.load}
 
-  def mtp_entries(self, trunk: jax.Array, tokens: jax.Array, seq: Sequence):
+  def mtp_entries(self, hidden: jax.Array, tokens: jax.Array, seq: Sequence):
     """The module's cache entries [1, B, T, L]. Args: as `mtp`."""
-    return self._mtp(trunk, tokens, seq)[1][None]
+    return self._mtp(hidden, tokens, seq)[1][None]
 
-  def _mtp(self, trunk, tokens, seq):
+  def _mtp(self, hidden, tokens, seq):
     if seq.prompt:
       raise ValueError("the MTP module takes a row for each output: Sequence.by_output")
     following = jnp.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
@@ -307,24 +305,24 @@ class Policy(nn.Module):
       segments=jnp.where(more, seq.segments, 0),
       turns=rope_turns(seq.positions, self.config),
     )
-    x, layer = self._mtp_input(trunk, following), jnp.zeros((), jnp.int32)
+    x, layer = self._mtp_input(hidden, following), jnp.zeros((), jnp.int32)
     (x, _), (entries, routing, _) = self.mtp_layer((x, None), None, layer, None, seq)
     return x, entries, routing
 
-  def _mtp_input(self, trunk: jax.Array, following: jax.Array) -> jax.Array:
+  def _mtp_input(self, hidden: jax.Array, following: jax.Array) -> jax.Array:
     both = [
       self.mtp_embedding_norm(self._embed(following)),
-      self.mtp_hidden_norm(trunk),
+      self.mtp_hidden_norm(hidden),
     ]
-    return jnp.concatenate(both, axis=-1) @ self.mtp_projection.astype(trunk.dtype)
+    return jnp.concatenate(both, axis=-1) @ self.mtp_projection.astype(hidden.dtype)
 
   def draft(
-    self, trunk: jax.Array, tokens: jax.Array, at: DecodeStep, cache: Cache
+    self, hidden: jax.Array, tokens: jax.Array, at: DecodeStep, cache: Cache
   ) -> tuple[jax.Array, Cache]:
     """`mtp` of Q tokens of each of S rows.
 
     Args:
-      trunk: [S, Q, D], of the token before each.
+      hidden: [S, Q, D], of the token before each.
       tokens: [S, Q] int32.
       at: where the module's input stands: a place before the tokens'.
       cache: the module's own, of one layer.
@@ -333,7 +331,7 @@ class Policy(nn.Module):
       (hidden [S, Q, D] for `logits` of the tokens after, cache with the entries).
     """
     turns = jax.lax.optimization_barrier(rope_turns(at.positions, self.config))
-    at, x = at.replace(turns=turns), self._mtp_input(trunk, tokens)
+    at, x = at.replace(turns=turns), self._mtp_input(hidden, tokens)
     if cache.split:
       layer, prompts, own = None, cache.prompts[0], cache.own[0]
     else:

@@ -291,25 +291,25 @@ def test_mtp_module_equals_transformers(kept, mtp, monkeypatch):
   _, out = forward(network, params, router, jnp.asarray(tokens), seq)
 
   @functools.partial(jax.jit, compiler_options=QUICK)
-  def ahead(params, router, trunk):
+  def ahead(params, router, states):
     variables = {"params": params, "router": router}
-    hidden, _ = network.apply(variables, trunk, jnp.asarray(tokens), seq, method="mtp")
+    hidden, _ = network.apply(variables, states, jnp.asarray(tokens), seq, method="mtp")
     return network.apply(variables, hidden, method="logits")
 
-  # Whatever states it gets: those before the last norm, or (their generate) after it.
-  for states in (out.trunk, out.hidden):
-    with torch.no_grad():
-      want = module.forward_layer(
-        0,
-        torch.tensor(np.asarray(states[:, :-1])),
-        torch.arange(T - 1)[None],
-        None,
-        input_ids=torch.tensor(tokens[:, 1:]),
-      )
-      want = model.lm_head(want).numpy()
-    got = np.asarray(ahead(params, router, states))[:, :-1]
-    assert np.abs(want).max() > 1.0
-    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+  # From their own states to their own logits, as their `generate` has them.
+  with torch.no_grad():
+    states = model.model(torch.tensor(tokens)).last_hidden_state
+    want = module.forward_layer(
+      0,
+      states[:, :-1],
+      torch.arange(T - 1)[None],
+      None,
+      input_ids=torch.tensor(tokens[:, 1:]),
+    )
+    want = model.lm_head(want).numpy()
+  got = np.asarray(ahead(params, router, out.hidden))[:, :-1]
+  assert np.abs(want).max() > 1.0
+  np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 
 def test_mtp_module_goes_round_and_can_be_left_out(kept, mtp, tmp_path):

@@ -233,7 +233,7 @@ def derivatives(params, router):
     variables = {"params": {**params, "embedding": table}, "router": router}
     out = BASE.apply(variables, jnp.asarray(ROWS), packed())
     ahead, _ = BASE.apply(
-      variables, out.trunk, jnp.asarray(ROWS), packed(), method="mtp"
+      variables, out.hidden, jnp.asarray(ROWS), packed(), method="mtp"
     )
     return out.hidden, ahead
 
@@ -333,7 +333,7 @@ def loss_and_gradient(network, params, router):
     variables = {"params": params, "router": router}
     tokens = jnp.asarray(ROWS)
     out = network.apply(variables, tokens, packed())
-    ahead, _ = network.apply(variables, out.trunk, tokens, packed(), method="mtp")
+    ahead, _ = network.apply(variables, out.hidden, tokens, packed(), method="mtp")
     main = network.apply(variables, out.hidden, method="logits")
     ahead = network.apply(variables, ahead, method="logits")
     return jnp.sum((a * main + b * ahead) * real)
@@ -389,7 +389,7 @@ def test_mtp_gives_a_hidden_state_a_position_and_a_load_an_expert(random_weights
   def both():
     out = BASE.apply(variables, jnp.asarray(ROWS), packed())
     return out, *BASE.apply(
-      variables, out.trunk, jnp.asarray(ROWS), packed(), method="mtp"
+      variables, out.hidden, jnp.asarray(ROWS), packed(), method="mtp"
     )
 
   c = BASE.config
