@@ -3,11 +3,15 @@
   python -m experiments.generate --prompt "3+4+5"
   python -m experiments.generate --prompt "3+4+5" --samples 4 --temperature 0.7 --json
   python -m experiments.generate --prompt "<|User|>3+4" --raw --stop "</answer>"
+  python -m experiments.generate --from models/smollm2_135m --temperature 0 \
+      --prompt "What is the capital of France?"
 
 --from is the folder of a run of experiments.r1_zero or experiments.ppo; its newest
 checkpoint answers, or with --base the base before RL. A prompt is put into the run's
-template, unless it is --raw. Exit codes: 0 done, 2 a mistake in the command or the
-folder, 3 logits that are not finite, 130 stopped by Ctrl-C, 1 anything else.
+template, unless it is --raw. Or it is the folder of a Hugging Face checkpoint, and a
+prompt is a user's turn in its chat template. Exit codes: 0 done, 2 a mistake in the
+command or the folder, 3 logits that are not finite, 130 stopped by Ctrl-C, 1 anything
+else.
 """
 
 import argparse
@@ -75,13 +79,14 @@ def answers(options: argparse.Namespace) -> dict[str, list[dict]]:
   from r1jax import prompts, rollout, run
 
   kept = run.load(pathlib.Path(options.folder), base=options.base)
-  d = kept.config.data
-  template = dict(template=d.template, prefill_think=d.prefill_think)
-  template |= dict(tokenizer=kept.tokenizer, examples=d.get("examples", 0))
-  texts = [
-    prompt if options.raw else prompts.render(problem=prompt, **template)
-    for prompt in options.prompt
-  ]
+  texts = options.prompt
+  if kept.config is None and not options.raw:
+    texts = [prompts.user_turn(prompt, kept.tokenizer) for prompt in texts]
+  elif not options.raw:
+    d = kept.config.data
+    template = dict(template=d.template, prefill_think=d.prefill_think)
+    template |= dict(tokenizer=kept.tokenizer, examples=d.get("examples", 0))
+    texts = [prompts.render(problem=prompt, **template) for prompt in texts]
   names = ("samples", "max_tokens", "temperature", "top_k", "top_p", "min_p", "stop")
   names += ("slots", "speculative", "seed")
   said = rollout.generate(

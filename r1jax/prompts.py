@@ -130,6 +130,14 @@ def _chat(
   return text if opened or not prefill_think else text + "<think>\n"
 
 
+def user_turn(text: str, tokenizer: Tokenizer | HFTokenizer) -> str:
+  """A user's turn in a published model's chat template, and nothing else; the text
+  itself where the model has none."""
+  if not isinstance(tokenizer, HFTokenizer) or tokenizer.chat is None:
+    return text
+  return tokenizer.chat.render([{"role": "user", "content": tokenizer.quote(text)}])
+
+
 def encode(
   problem: str,
   tokenizer: Tokenizer | HFTokenizer,

@@ -272,42 +272,50 @@ def make_pages(
 
 
 class Kept(NamedTuple):
-  """What a run has left that speaks."""
+  """What a run has left that speaks, or a published checkpoint."""
 
-  config: ConfigDict
+  config: ConfigDict | None  # of the run
   tokenizer: Tokenizer
   policy: Policy
   params: Any
   router: Any
 
 
-def load(workdir: pathlib.Path, *, base: bool = False) -> Kept:
-  """The newest policy of a run of R1-Zero or PPO.
+def load(workdir: pathlib.Path, *, base: bool = False, merged: bool = True) -> Kept:
+  """The newest policy of a run of R1-Zero or PPO; or a Hugging Face checkpoint's.
 
   Args:
     workdir: its folder.
     base: the base, before RL.
+    merged: adapters that the run has learned are part of the weights.
 
   Raises:
-    UserError: no run there, or it has no checkpoint yet.
+    UserError: no run there, or it has no checkpoint yet; or as models.hf.load.
   """
   if not (workdir / "config.json").exists():
     raise UserError(
       f"{workdir} is not the folder of a run (it has no config.json). Train one: python"
       " -m experiments.r1_zero; then name its folder with --from=FOLDER."
     )
-  config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+  said = json.loads((workdir / "config.json").read_text())
+  if "model_type" in said:  # Hugging Face's
+    policy, params, router = hf.load(workdir)
+    tokenizer = open_tokenizer(workdir, policy.config.vocab)
+    return Kept(None, tokenizer, policy, params, router)
+  config = ConfigDict(said)
   tokenizer = open_tokenizer(tokenizer_place(workdir, config))
   policy = Policy(settings.policy_config(config, tokenizer.vocab))
-  params, router = _newest(workdir, "pretrain" if base else "rl")
   adapters = settings.lora_config(config)
-  if adapters and not base:
-    if folder := config.model.folder:
-      _, frozen, _ = hf.load(folder, **settings.computed(config))
-    else:
-      frozen, _ = _newest(workdir, "pretrain")
-    whole = lora.joined(cast(policy, frozen), params, adapters.scale)
-    params = jax.jit(lora.merged)(whole)
+  if not base:
+    params, router = _newest(workdir, "rl")
+  if base and config.model.folder:
+    _, params, router = hf.load(config.model.folder, **settings.computed(config))
+  elif base:
+    params, router = _newest(workdir, "pretrain")
+  elif adapters:
+    frozen = load(workdir, base=True).params
+    params = lora.joined(cast(policy, frozen), params, adapters.scale)
+    params = jax.jit(lora.merged)(params) if merged else params
   return Kept(config, tokenizer, policy, params, router)
 
 

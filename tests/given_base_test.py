@@ -8,13 +8,18 @@ import sys
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import command as commands
+from experiments import export, generate
+from r1jax import prompts
 from r1jax import run as runs
 from r1jax.models import config as sizes
 from r1jax.models import hf
 from r1jax.models.policy import Policy, init
+from r1jax.models.sequence import Sequence
 from tests import published
 
 SMALL = [
@@ -27,6 +32,11 @@ SMALL = [
   *("--config.eval.problems=4", "--config.eval.samples=2", "--config.steps=2"),
   "--config.checkpoint_every=2",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _no_cache(monkeypatch):
+  monkeypatch.setattr(commands, "use_compilation_cache", lambda folder: None)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +95,51 @@ def test_the_run_answers_in_its_models_template(finished):
   assert said.returncode == 0, said.stderr
   (prompt,) = json.loads(said.stdout)
   assert prompt.startswith("<|user|>1 + 2") and prompt.endswith("<|assistant|>")
+
+
+def test_a_published_checkpoint_answers_a_users_turn(checkpoint, capsys):
+  generate.main(
+    [*("--from", str(checkpoint[0]), "--prompt", "1 + 2"), "--json", "--max-tokens=4"]
+  )
+  (prompt,) = json.loads(capsys.readouterr().out)
+  kept = runs.load(checkpoint[0])
+  assert prompt == kept.tokenizer.chat.render([{"role": "user", "content": "1 + 2"}])
+
+
+def test_what_was_trained_goes_out_as_transformers_loads_it(finished, tmp_path, capsys):
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  said = ["--from", str(finished[0]), "--to", str(tmp_path / "out")]
+  export.main([*said, "--dtype=float32"])
+  assert "model.safetensors" in capsys.readouterr().out
+  kept = runs.load(finished[0])
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  text = prompts.user_turn("1 + 2", kept.tokenizer)
+  ids = kept.tokenizer.encode(text)
+  assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+  assert set(model.config.eos_token_id) == set(kept.tokenizer.stop_ids)
+  tokens, variables = jnp.asarray([ids]), {"params": kept.params, "router": kept.router}
+  seq = Sequence.of_mask(jnp.ones_like(tokens, bool))
+  hidden = kept.policy.apply(variables, tokens, seq).hidden
+  got = kept.policy.apply(variables, hidden, method="logits")
+  with torch.no_grad():
+    want = model(torch.tensor([ids])).logits.numpy()
+  np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+  with pytest.raises(SystemExit, match="2"):
+    export.main(said)
+  assert "holds a checkpoint already" in capsys.readouterr().err
+
+
+def test_the_base_of_a_run_is_the_checkpoint(finished, checkpoint):
+  base = runs.load(finished[0], base=True)
+  jax.tree.map(np.testing.assert_array_equal, base.params, checkpoint[1])
+
+
+def test_a_run_without_adapters_has_none_to_write(finished, tmp_path, capsys):
+  with pytest.raises(SystemExit, match="2"):
+    export.main(["--from", str(finished[0]), "--to", str(tmp_path), "--adapters"])
+  assert "no adapters" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

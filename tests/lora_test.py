@@ -475,6 +475,7 @@ def test_a_run_is_loaded_merged(tmp_path):
   kept = runs.load(tmp_path)
   assert_same(kept.params, lora.merged(adapted), rtol=1e-6, atol=1e-6)
   assert_same(runs.load(tmp_path, base=True).params, lora.frozen(adapted))
+  assert_same(runs.load(tmp_path, merged=False).params, adapted)
 
 
 # -- what is refused -------------------------------------------------------------------
