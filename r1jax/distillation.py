@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from r1jax import diagnostics, sft, vocabulary
+from r1jax import diagnostics, lora, sft, vocabulary
 from r1jax.errors import UserError
 from r1jax.experience import shuffled
 from r1jax.grpo import ROLLOUT, SHUFFLE, key_of
@@ -212,7 +212,8 @@ def logit_step(
   optimizer: optax.GradientTransformation,
   config: DistillConfig,
 ) -> tuple[TrainState, dict]:
-  """One update on packed traces; a batch without targets changes no weight and no bias.
+  """One update of parameters, or of their adapters, on packed traces; a batch without
+  targets changes no weight and no bias.
 
   The teacher reads a micro-batch just before the student does, so no more of its logits
   than that are ever held: [B / micro_batches, W - 1, V], or less (vocabulary.py).
@@ -232,10 +233,12 @@ def logit_step(
   _check_vocab(student, teacher_policy)
   c, count = config, sft.targets_ahead(pages, 1).sum()
 
-  def loss(params, part):
+  weights, whole = lora.split(student, state.params)
+
+  def loss(weights, part):
     value, aux = loss_fn(
       student,
-      params,
+      whole(weights),
       state.router,
       part,
       teacher=teacher,
@@ -245,15 +248,15 @@ def logit_step(
     )
     return value, (*aux, ())
 
-  grads, metrics, load, _ = accumulate(loss, state.params, pages, c.micro_batches)
+  grads, metrics, load, _ = accumulate(loss, weights, pages, c.micro_batches)
   learnt = count > 0
   params, opt_state = descend(
-    optimizer, grads, state.params, state.opt_state, learnt=learnt
+    optimizer, grads, lora.trained(state.params), state.opt_state, learnt=learnt
   )
   rate = jnp.where(learnt, c.router_bias_rate, 0.0)
   state = state.replace(
     step=state.step + 1,
-    params=params,
+    params=lora.put(state.params, params),
     router=moe.balance(state.router, load, rate),
     opt_state=opt_state,
   )

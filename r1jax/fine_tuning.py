@@ -9,7 +9,6 @@ import numpy as np
 
 from r1jax import sft, train_state
 from r1jax.checkpoint import Checkpoints
-from r1jax.errors import UserError
 from r1jax.optimizer import make_optimizer
 from r1jax.run import Run, adapters_of, compiled, put_batch
 from r1jax.sft import TuningConfig
@@ -42,18 +41,10 @@ def tune(
 
   Returns:
     (params, router); with adapters as they are, which lora.merged makes plain.
-
-  Raises:
-    UserError: adapters, and a step that learns all weights.
   """
   policy, steps = this.policy, config.optimizer.steps
   optimizer = make_optimizer(config.optimizer)
   adapters, adapt = (None, None) if start is None else adapters_of(this)
-  if adapters and step is not None:
-    raise UserError(
-      f"config.lora.rank={adapters.rank}: distillation by a teacher's distributions"
-      " learns all weights. Set it to 0, or distil by SFT on the teacher's texts."
-    )
   how = dict(reference=False)
   if start is None:
     begin = functools.partial(train_state.create, policy, optimizer, **how)

@@ -395,11 +395,6 @@ def adapter_rules(c: ConfigDict, sizes: PolicyConfig) -> list[tuple[bool, str]]:
   on = f"lora.rank={found.rank}"
   return [
     (
-      "distill" not in c,
-      f"{on}: R1's stages, students and reward models learn all of their weights; set"
-      " it to 0, or use python -m experiments.r1_zero or experiments.ppo",
-    ),
-    (
       c.grpo.gather_weights,
       f"grpo.gather_weights=False with {on}: every layer would add its adapters at"
       " every token; set it to True",

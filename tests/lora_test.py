@@ -18,7 +18,17 @@ from trees import assert_same, host
 from experiments.configs import ppo as ppo_config
 from experiments.configs import r1 as r1_config
 from experiments.configs.r1_zero import get_config
-from r1jax import fine_tuning, lora, peft, ppo, settings, sft, sharding, train_state
+from r1jax import (
+  distillation,
+  fine_tuning,
+  lora,
+  peft,
+  ppo,
+  settings,
+  sft,
+  sharding,
+  train_state,
+)
 from r1jax import run as runs
 from r1jax.checkpoint import Checkpoints
 from r1jax.data.tokenizer import Tokenizer
@@ -31,6 +41,7 @@ from r1jax.models import policy as policy_lib
 from r1jax.models.policy import Policy
 from r1jax.models.sequence import Sequence
 from r1jax.optimizer import OptimizerConfig, make_optimizer
+from r1jax.pipeline.project import load_weights, save_weights
 from r1jax.progress import Clock
 from r1jax.run import Run
 
@@ -449,9 +460,38 @@ def test_a_resumed_run_ends_as_one_that_was_not_and_keeps_adapters_alone(tmp_pat
   assert_same(lora.frozen(want[0]), golden.weights(POLICY)[0])
 
 
-def test_distillation_of_distributions_is_refused(tmp_path):
-  with pytest.raises(UserError, match=r"config\.lora\.rank=2: distillation"):
-    call(tmp_path / "run", step=lambda *args, **how: None)
+@pytest.mark.parametrize("on", ["traces", "samples"])
+def test_distillation_moves_adapters_alone_towards_the_teacher(on):
+  state = train_state.restart(*some(), OPTIMIZER, reference=False)
+  teacher = golden.weights(POLICY, seed=9)
+  how = dict(divergence="reverse_kl", micro_batches=2, router_bias_rate=0.0)
+  fixed = dict(student=POLICY, teacher_policy=POLICY, optimizer=OPTIMIZER)
+  if on == "traces":
+    config = distillation.DistillConfig(**how)
+    step = functools.partial(distillation.logit_step, config=config, **fixed)
+    args = jax.tree.map(jnp.asarray, pages()), teacher
+  else:
+    config = distillation.OnPolicyConfig(**how, group_size=2, max_tokens=4)
+    fixed |= dict(stop_ids=golden.STOP_IDS, pad_id=golden.PAD)
+    step = functools.partial(distillation.on_policy_step, config=config, **fixed)
+    args = golden.prompt_batch(), jax.random.key(3), teacher
+  program = jax.jit(step).lower(state, *args).compile(QUICK)
+  now, found = state, []
+  for _ in range(8):
+    now, *_, metrics = program(now, *args)
+    found.append(float(metrics["divergence"]))
+  assert found[-1] < 0.8 * found[0]
+  assert_same(lora.frozen(now.params), lora.frozen(state.params))
+  for path, x in boxes(now.params).items():
+    assert not np.array_equal(x.b, boxes(state.params)[path].b), path
+
+
+def test_a_stage_leaves_merged_weights(tmp_path):
+  params, router = some()
+  save_weights(tmp_path, (params, router))
+  got = load_weights(tmp_path, POLICY, mesh_of((1, 1, 1), jax.devices()[:1]))
+  assert_same(got[0], lora.merged(params), rtol=1e-6, atol=1e-6)
+  assert_same(got[1], router)
 
 
 def test_a_run_is_loaded_merged(tmp_path):
@@ -497,7 +537,6 @@ def test_a_run_is_loaded_merged(tmp_path):
       {"grpo.gather_weights": False},
       r"gather_weights=False with lora\.rank",
     ),
-    (r1_config.get_config, {}, r"lora\.rank=4: R1's stages"),
   ],
 )
 def test_a_mistake_names_what_came_and_what_to_do(get, changes, words):
@@ -511,7 +550,9 @@ def test_a_mistake_names_what_came_and_what_to_do(get, changes, words):
     settings.check(config, 1)
 
 
-@pytest.mark.parametrize("get", [get_config, ppo_config.get_config])
+@pytest.mark.parametrize(
+  "get", [get_config, ppo_config.get_config, r1_config.get_config]
+)
 def test_adapters_pass_the_checks(get):
   config = get()
   with config.unlocked():

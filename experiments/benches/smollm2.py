@@ -1,8 +1,8 @@
 """GRPO on a published model: SmolLM2-135M, all of its weights and by LoRA.
 
 The preset smollm2_135m of r1_zero, with transformers beside it: logits on five texts,
-and before each step `generate` on the problems that the step is about to sample. It
-ends in held-out figures before and after. A stopped benchmark goes on where it was.
+and now and then `generate` on the problems that the next step samples. It ends in
+held-out figures before and after. A stopped benchmark goes on where it was.
 """
 
 import argparse
@@ -43,6 +43,7 @@ ARMS = {
     "optimizer.learning_rate": 1e-4,  # adapters take ten times the rate
   },
 }
+FLAGS = "steps", "beside", "folder", "workdir"
 TEXTS = (
   "The capital of France is Paris, and the capital of Italy is Rome.",
   "def fibonacci(n):\n  return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
@@ -56,6 +57,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("--arms", default=",".join(ARMS), help="of " + ", ".join(ARMS))
   add("--steps", type=int, default=16, help="updates of each")
+  add("--beside", type=int, default=4, help="of so many steps one is generated beside")
   add("--folder", default="models/smollm2_135m", help="of the model")
   add("--workdir", default="runs/bench-smollm2", help="where the runs lie")
 
@@ -69,8 +71,9 @@ def run(options: argparse.Namespace) -> dict:
   arms = options.arms.split(",")
   if unknown := [arm for arm in arms if arm not in ARMS]:
     raise UserError(f"--arms: {unknown[0]!r} is not one of {', '.join(ARMS)}.")
-  if options.steps < 1:
-    raise UserError(f"--steps={options.steps} must be at least 1.")
+  for name in ("steps", "beside"):
+    if (given := getattr(options, name)) < 1:
+      raise UserError(f"--{name}={given} must be at least 1.")
   rollout.check_torch("")
   if len(arms) == 1:
     found = {arms[0]: arm(arms[0], options)}
@@ -90,7 +93,7 @@ def run(options: argparse.Namespace) -> dict:
 def in_turn(arms: list[str], options: argparse.Namespace) -> dict[str, dict]:
   """Each in a process of its own, whose peak of memory is its own."""
   found = {}
-  given = [f"--{k}={getattr(options, k)}" for k in ("steps", "folder", "workdir")]
+  given = [f"--{k}={getattr(options, k)}" for k in FLAGS]
   for name in arms:
     this = [sys.executable, "-m", "experiments.bench", "smollm2", f"--arms={name}"]
     done = subprocess.run([*this, *given, "--json"], stdout=subprocess.PIPE, text=True)
@@ -130,7 +133,8 @@ def arm(name: str, options: argparse.Namespace) -> dict:
     ):
       params, router = loop.base(this)
       gap = logits_gap(this, params, theirs)
-      reinforce(this, params, router, stream=Beside(this, theirs))
+      beside = Beside(this, theirs, options.beside)
+      reinforce(this, params, router, stream=beside)
       summary = loop.conclude(this)
   return {
     "logits_gap": gap,
@@ -159,26 +163,29 @@ def logits_gap(this: Run, params: Any, theirs: Callable) -> float:
 
 
 class Beside:
-  """The run's stream of problems; transformers answers them before they are handed out.
+  """The run's stream of problems; transformers answers those of every so many steps,
+  from the first on, before they are handed out.
 
   Its seconds and tokens go to transformers.jsonl of the workdir.
   """
 
-  def __init__(self, this: Run, theirs: Callable):
+  def __init__(self, this: Run, theirs: Callable, every: int):
     c = this.config
-    self.this, self.theirs = this, theirs
+    self.this, self.theirs, self.every = this, theirs, every
     self.stream = problems.stream(len(this.train.ids), c.prompts, seed=c.seed)
     self.file = MetricsFile(this.workdir / "transformers.jsonl")
     self.step = 0
 
   def __next__(self) -> np.ndarray:
     index, c = next(self.stream), self.this.config
-    asked = take(self.this.train, np.asarray(index))
-    how = c.grpo.group_size, self.this.windows[0][1]
-    seconds, tokens = self.theirs("sample", asked.tokens, asked.mask, *how)
-    self.step += c.grpo.minibatches
-    row = dict(phase="rl", step=self.step, seconds=seconds, tokens=tokens)
-    self.file.write(row)
+    if self.step % self.every == 0:
+      asked = take(self.this.train, np.asarray(index))
+      how = c.grpo.group_size, self.this.windows[0][1]
+      seconds, tokens = self.theirs("sample", asked.tokens, asked.mask, *how)
+      self.file.write(
+        dict(phase="rl", step=self.step + 1, seconds=seconds, tokens=tokens)
+      )
+    self.step += 1
     return index
 
   def get_state(self) -> dict:
@@ -201,7 +208,7 @@ def steps_of(workdir: pathlib.Path) -> list[dict]:
   for row in MetricsFile(workdir / "metrics.jsonl").phase("rl"):
     step, tokens = row["step"], row["length"] * row["samples"]
     parts = {name: took[step, name] for name in ("rollout", "reward", "update")}
-    theirs = beside[step]
+    theirs = beside.get(step)
     rows.append(
       {
         "step": step,
@@ -209,8 +216,8 @@ def steps_of(workdir: pathlib.Path) -> list[dict]:
         "seconds": sum(parts.values()),
         "tokens": round(tokens),
         "tokens_per_s": tokens / parts["rollout"],
-        "transformers_seconds": theirs["seconds"],
-        "transformers_tokens_per_s": theirs["tokens"] / theirs["seconds"],
+        "transformers_seconds": theirs and theirs["seconds"],
+        "transformers_tokens_per_s": theirs and theirs["tokens"] / theirs["seconds"],
         "reward": row["reward"],
       }
     )
@@ -265,13 +272,14 @@ def markdown(f: dict) -> list[str]:
   ]
   for name, a in f["arms"].items():
     for s in a["steps"]:
+      theirs = s["transformers_tokens_per_s"]
+      theirs = f"{theirs:.0f}" if theirs else ""
       parts = (
         f"{s[f'{part}_seconds']:.1f}" for part in ("rollout", "reward", "update")
       )
       lines.append(
         f"| {name} | {s['step']} | {' | '.join(parts)} | {s['tokens']:,}"
-        f" | {s['tokens_per_s']:.0f} | {s['transformers_tokens_per_s']:.0f}"
-        f" | {s['reward']:.2f} |"
+        f" | {s['tokens_per_s']:.0f} | {theirs} | {s['reward']:.2f} |"
       )
   lines += [
     "",

@@ -29,7 +29,7 @@ from r1jax.pipeline.project import (
   save_weights,
   with_changes,
 )
-from r1jax.run import Run, compiled, put_batch, take
+from r1jax.run import Run, adapters_of, compiled, put_batch, take
 
 MODES = ("sft", "logits", "on_policy")
 
@@ -177,17 +177,24 @@ def _on_policy(
   optimizer = make_optimizer(
     supervised.rate_of(section, steps)  # a cosine over the updates
   )
-  begin = functools.partial(train_state.restart, optimizer=optimizer, reference=False)
-  layout = train_state.shardings(this.policy, optimizer, this.mesh, reference=False)
+  adapters, adapt = adapters_of(this)
+  how = dict(adapters=adapters, reference=False)
+  layout = train_state.shardings(this.policy, optimizer, this.mesh, **how)
+
+  def begin(params, router):
+    return train_state.restart(adapt(params), router, optimizer, reference=False)
+
   stream = problems.stream(len(this.train.ids), c.prompts, seed=c.seed)
   key = jax.random.fold_in(jax.random.key(c.seed), 4)
   checkpoints = Checkpoints(this.workdir / "checkpoints" / "on_policy")
   step = checkpoints.latest() or 0
   if step:
-    state = checkpoints.restore(step, jax.eval_shape(begin, *start), layout)
+    shapes = jax.eval_shape(begin, *start)
+    state = checkpoints.restore(step, shapes.kept, layout.kept)
     stream.set_state(checkpoints.restore_host(step)["stream"])
-  else:
-    state = compiled(this, begin, *start, out_shardings=layout)(*start)
+  if adapters or not step:
+    first = compiled(this, begin, *start, out_shardings=layout)(*start)
+    state = state.on(first) if step else first
   this.metrics.roll_back({"on_policy": step})
 
   def on_policy_step(state, batch, key, teacher):
@@ -218,7 +225,7 @@ def _on_policy(
     this.metrics.write({"phase": "on_policy", "step": step, **figures})
     this.progress.update("on_policy", step, steps, loss=figures["loss"])
     if step % c.checkpoint_every == 0 or step == steps:
-      checkpoints.save(step, state, {"stream": stream.get_state()})
+      checkpoints.save(step, state.kept, {"stream": stream.get_state()})
   checkpoints.close()
   loss = this.metrics.phase("on_policy")[-1]["loss"]
   return (state.params, state.router), {"rollouts": steps, "loss": loss}

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import rich.console
 
-from r1jax import settings, train_state
+from r1jax import lora, settings, train_state
 from r1jax.checkpoint import Checkpoints
 from r1jax.data import world as worlds
 from r1jax.data.problem import Problem
@@ -178,7 +178,10 @@ class Project:
 
 def save_weights(folder: pathlib.Path, weights: Weights) -> None:
   """Leaves weights/, and weights.json, which names the arrays by their content: files
-  of a checkpoint are never the same twice."""
+  of a checkpoint are never the same twice. Adapters become part of the weights."""
+  params, router = weights
+  if lora.trained(params) is not params:
+    weights = jax.jit(lora.merged)(params), router
   checkpoints = Checkpoints(folder / "weights", keep=1)
   if checkpoints.latest() is None:
     checkpoints.save(0, dict(params=weights[0], router=weights[1]), {"version": 1})

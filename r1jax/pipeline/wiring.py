@@ -15,7 +15,7 @@ from r1jax.rewards.rules import file_digests
 WORLD = ("seed", "task", "chain", "assistant", "counts", "data", "model")
 CORPUS = ("pretrain", "windows")
 RL = ("steps", "prompts", "segment_tokens", "grpo", "objective", "optimizer")
-RL += ("reward", "eval")
+RL += ("reward", "eval", "lora")
 WEIGHTS = ("weights.json",)  # what names the arrays beside it (project.py)
 JUDGED_RL = (*WEIGHTS, "metrics.jsonl")  # whose curves the report draws
 TRACES = ("traces.jsonl", "card.json")
@@ -47,7 +47,7 @@ def graph(project: Project) -> Graph:
     return Stage(name, inputs, config, function, artefacts, about, late=tuple(named))
 
   teacher = () if c.distill.mode == "sft" else ("rl_2",)
-  student = ("student.model", "distill")
+  student = ("student.model", "distill", "lora")
   stages = [
     of("world", "tokenizer and problems", (), (), ("tokenizer.model",)),
     of("base", "pre-training on the task's pages", ("world",), ()),
@@ -60,7 +60,7 @@ def graph(project: Project) -> Graph:
       TRACES,
       files=(c.cold_start.rewriter,),
     ),
-    of("sft_1", "Dev1: SFT from the base", ("base", "cold_start"), ("sft_1",)),
+    of("sft_1", "Dev1: SFT from the base", ("base", "cold_start"), ("sft_1", "lora")),
     of("rl_1", "Dev2: RL, rules and language", ("sft_1",), ("rl_1", *RL)),
     of(
       "rejection",
@@ -70,7 +70,7 @@ def graph(project: Project) -> Graph:
       TRACES,
       files=(c.rejection.judge, c.rejection.general_data),
     ),
-    of("sft_3", "Dev3: SFT from the base", ("base", "rejection"), ("sft_3",)),
+    of("sft_3", "Dev3: SFT from the base", ("base", "rejection"), ("sft_3", "lora")),
     of(
       "judging",
       "judged pairs and safety labels",
