@@ -96,10 +96,10 @@ class Published(Model):
     ).eval()
 
   def sample(
-    self, prompts: np.ndarray, mask: np.ndarray, group: int, new: int
+    self, prompts: np.ndarray, mask: np.ndarray, group: int, new: int, ends: list[int]
   ) -> tuple[float, int]:
-    """(seconds, tokens) of group completions a prompt, each to its end or to `new`
-    tokens. Args: prompts, mask: [B, P], padded on the left."""
+    """(seconds, tokens) of group completions a prompt, each to one of `ends` or to
+    `new` tokens. Args: prompts, mask: [B, P], padded on the left."""
     tokens = torch.from_numpy(prompts).long()
     start = time.perf_counter()
     said = self.net.generate(
@@ -111,10 +111,11 @@ class Published(Model):
       top_k=0,
       top_p=1.0,
       max_new_tokens=new,
+      eos_token_id=ends,
+      pad_token_id=ends[0],
       use_cache=True,
     )[:, tokens.shape[1] :]
     seconds = time.perf_counter() - start
-    ends = self.net.generation_config.eos_token_id
     before = torch.isin(said, torch.tensor(ends)).cumsum(1)
     lengths = (before == 0).sum(1) + (before > 0).any(1).long()
     return seconds, int(lengths.sum())
