@@ -330,7 +330,7 @@ def smollm2_135m(c: ConfigDict) -> None:
   c.grpo.minibatches = 1
   c.grpo.micro_batches = 4
   c.grpo.reference_refresh = 0
-  c.optimizer.learning_rate = 1e-5
+  c.optimizer.learning_rate = 2e-5
   c.eval.problems, c.eval.samples = 64, 4
   c.eval.every = 16
   c.checkpoint_every = 8
