@@ -8,12 +8,16 @@ import subprocess
 import sys
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import fetch_smollm2
+from experiments.benches.smollm2 import TEXTS
+from r1jax import rollout, run
 from r1jax.data.hf_tokenizer import open_tokenizer
 from r1jax.models import safetensors_file
+from r1jax.models.sequence import Sequence
 
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
@@ -249,15 +253,45 @@ def test_a_missing_library_is_named_with_the_extra(tmp_path, capsys, monkeypatch
 # -- the real one ----------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_smollm2_knows_what_seven_and_five_are(tmp_path):
-  """Downloads 93 MB."""
-  pytest.importorskip("torch")
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+  """(its folder, transformers' model in float32, their tokenizer); downloads 93 MB."""
+  torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
+  folder = tmp_path_factory.mktemp("models") / "smollm2"
   command = [sys.executable, "-m", "experiments.fetch_smollm2"]
-  subprocess.run([*command, f"--folder={tmp_path}/smollm2"], check=True)
-  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "smollm2")
-  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")
+  subprocess.run([*command, f"--folder={folder}"], check=True)
+  auto = transformers.AutoModelForCausalLM
+  model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+  return folder, model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_smollm2s_logits_and_likeliest_tokens_are_those_of_transformers(smollm2):
+  import torch
+
+  folder, model, _ = smollm2
+  kept = run.load(folder)
+  variables = {"params": kept.params, "router": kept.router}
+  for text in TEXTS:
+    ids = kept.tokenizer.encode(text)
+    tokens = jnp.asarray([ids])
+    seq = Sequence.of_mask(jnp.ones_like(tokens, bool))
+    hidden = kept.policy.apply(variables, tokens, seq).hidden
+    got = kept.policy.apply(variables, hidden, method="logits")
+    with torch.no_grad():
+      want = model(torch.tensor([ids])).logits.numpy()
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-3)
+    ((said,),) = rollout.generate(*kept[2:], kept.tokenizer, [text], temperature=0.0)
+    theirs = model.generate(
+      torch.tensor([ids]), max_new_tokens=len(said.tokens), do_sample=False
+    )
+    assert theirs[0, len(ids) :].tolist() == said.tokens, text
+
+
+@pytest.mark.slow
+def test_smollm2_knows_what_seven_and_five_are(smollm2):
+  folder, model, tokenizer = smollm2
   for question, answer in (
     ("What is 7 + 5?", "12"),
     ("Tom has 3 apples and Ann gives him 4. How many apples has Tom?", "7"),
@@ -270,5 +304,5 @@ def test_smollm2_knows_what_seven_and_five_are(tmp_path):
     said = model.generate(**asked, max_new_tokens=40, do_sample=False)
     text = tokenizer.decode(said[0, asked["input_ids"].shape[1] :])
     assert answer in text, (question, text)
-    ours = open_tokenizer(tmp_path / "smollm2")
+    ours = open_tokenizer(folder)
     assert ours.encode(ours.chat.render(messages)) == asked["input_ids"][0].tolist()
