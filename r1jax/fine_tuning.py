@@ -58,14 +58,14 @@ def tune(
   shardings = train_state.shardings(
     policy, optimizer, this.mesh, adapters=adapters, **how
   )
-  checkpoints = Checkpoints(this.workdir / "checkpoints" / phase)
-  begun = checkpoints.latest() or 0
-  if begun:
+  checkpoints = Checkpoints(this.workdir / "checkpoints" / phase, say=this.progress.say)
+  with this.clock.phase("restore"):
     shapes = jax.eval_shape(begin, *given)
-    with this.clock.phase("restore", step=begun):
-      state = checkpoints.restore(begun, shapes.kept, shardings.kept)
-      host = checkpoints.restore_host(begun)
-    this.clock.restore(host["clock"])
+    found = checkpoints.restore(shapes.kept, shardings.kept)
+  begun = found.step if found else 0
+  if found:
+    state = found.state
+    this.clock.restore(found.host["clock"])
     this.progress.say(f"{phase}: continuing from update {begun}")
   if adapters or not begun:
     first = compiled(this, begin, *given, out_shardings=shardings)(*given)

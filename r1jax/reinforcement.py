@@ -60,15 +60,15 @@ def reinforce(
     pool = c.prompts * settings.objective(c).pool
     stream = problems.stream(len(this.train.ids), pool, seed=c.seed)
   key = jax.random.fold_in(jax.random.key(c.seed), 1)
-  checkpoints = Checkpoints(this.workdir / "checkpoints" / "rl")
-  step = checkpoints.latest() or 0
-  if step:
-    with this.clock.phase("restore", step=step):
-      shapes = jax.eval_shape(begin, params, router)
-      state = checkpoints.restore(step, shapes.kept, shardings.kept)
-      host = checkpoints.restore_host(step)
-    this.clock.restore(host["clock"])
-    stream.set_state(host["stream"])
+  checkpoints = Checkpoints(this.workdir / "checkpoints" / "rl", say=this.progress.say)
+  with this.clock.phase("restore"):
+    shapes = jax.eval_shape(begin, params, router)
+    found = checkpoints.restore(shapes.kept, shardings.kept)
+  step = found.step if found else 0
+  if found:
+    state = found.state
+    this.clock.restore(found.host["clock"])
+    stream.set_state(found.host["stream"])
     this.progress.say(f"rl: continuing from update {step}")
   adapters, _ = adapters_of(this)
   if adapters or not step:

@@ -326,9 +326,12 @@ def _newest(workdir: pathlib.Path, phase: str) -> tuple[Any, Any]:
     UserError: there is none yet.
   """
   folder = workdir / "checkpoints" / phase
-  checkpoints = Checkpoints(folder) if folder.exists() else None
-  step = checkpoints and checkpoints.latest()
-  if step is None:
+  found = None
+  if folder.exists():
+    checkpoints = Checkpoints(folder, writes=False)
+    found = checkpoints.weights()
+    checkpoints.close()
+  if found is None:
     other = "give --base for the policy before RL"
     if phase == "pretrain":
       other = "leave --base out"
@@ -336,8 +339,6 @@ def _newest(workdir: pathlib.Path, phase: str) -> tuple[Any, Any]:
       f"{folder} holds no checkpoint yet: the run has not come that far. Wait for it,"
       f" or {other}."
     )
-  found = checkpoints.weights(step)
-  checkpoints.close()
   return found
 
 

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 RANKS = [
   names.split()
   for names in (
-    "r1jax.errors r1jax.events",
+    "r1jax.errors r1jax.events r1jax.digest",
     "r1jax.xla_flags",
     "r1jax.kernels r1jax.sharding r1jax.data.tokenizer r1jax.data.problem"
     " r1jax.data.chat_template",

@@ -453,7 +453,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_and_keeps_adapters_alone(tmp_pat
   assert call(tmp_path / "killed", kill_at=4) is None
   assert_same(host(call(tmp_path / "killed")), host(want))
   checkpoints = Checkpoints(tmp_path / "whole" / "checkpoints" / "sft")
-  params, router = checkpoints.weights(6)
+  params, router = checkpoints.weights()
   checkpoints.close()
   assert_same(params, host(lora.trained(want[0])))
   assert_same(router, host(want[1]))

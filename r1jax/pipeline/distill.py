@@ -186,15 +186,18 @@ def _on_policy(
 
   stream = problems.stream(len(this.train.ids), c.prompts, seed=c.seed)
   key = jax.random.fold_in(jax.random.key(c.seed), 4)
-  checkpoints = Checkpoints(this.workdir / "checkpoints" / "on_policy")
-  step = checkpoints.latest() or 0
-  if step:
-    shapes = jax.eval_shape(begin, *start)
-    state = checkpoints.restore(step, shapes.kept, layout.kept)
-    stream.set_state(checkpoints.restore_host(step)["stream"])
-  if adapters or not step:
+  checkpoints = Checkpoints(
+    this.workdir / "checkpoints" / "on_policy", say=this.progress.say
+  )
+  shapes = jax.eval_shape(begin, *start)
+  found = checkpoints.restore(shapes.kept, layout.kept)
+  step = found.step if found else 0
+  if found:
+    state = found.state
+    stream.set_state(found.host["stream"])
+  if adapters or not found:
     first = compiled(this, begin, *start, out_shardings=layout)(*start)
-    state = state.on(first) if step else first
+    state = state.on(first) if found else first
   this.metrics.roll_back({"on_policy": step})
 
   def on_policy_step(state, batch, key, teacher):

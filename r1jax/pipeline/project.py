@@ -20,7 +20,7 @@ from r1jax.checkpoint import Checkpoints
 from r1jax.data import world as worlds
 from r1jax.data.problem import Problem
 from r1jax.data.tokenizer import Tokenizer
-from r1jax.errors import UserError
+from r1jax.errors import NumericalError, UserError
 from r1jax.metrics import MetricsFile, write_json
 from r1jax.models.policy import Policy
 from r1jax.optimizer import OptimizerConfig, make_optimizer
@@ -183,7 +183,7 @@ def save_weights(folder: pathlib.Path, weights: Weights) -> None:
   if lora.trained(params) is not params:
     weights = jax.jit(lora.merged)(params), router
   checkpoints = Checkpoints(folder / "weights", keep=1)
-  if checkpoints.latest() is None:
+  if not checkpoints.steps():
     checkpoints.save(0, dict(params=weights[0], router=weights[1]), {"version": 1})
   checkpoints.close()
   write_json(folder / "weights.json", {"sha256": digest_of(weights)})
@@ -207,20 +207,20 @@ def load_weights(folder: pathlib.Path, network: Any, mesh: Any) -> Weights:
   folder = folder.resolve()
   try:
     checkpoints = Checkpoints(folder / "weights", keep=1)
-    found = checkpoints.restore(
-      0,
+    kept = checkpoints.restore(
       {"params": shapes.params, "router": shapes.router},
       {"params": layout.params, "router": layout.router},
     )
     checkpoints.close()
+    found = kept.state if kept else {}
     known = json.loads((folder / "weights.json").read_text())["sha256"]
-  except (UserError, OSError, ValueError, KeyError) as error:
+    weights = found["params"], found["router"]
+  except (UserError, NumericalError, OSError, ValueError, KeyError) as error:
     raise UserError(
       f"the weights in {folder} cannot be read as those of this network:"
       f" {error.__cause__ or error}. Is the config the one that they were made with? If"
       " they are damaged, run their stage again: --stage=NAME --rerun."
     ) from error
-  weights = found["params"], found["router"]
   if digest_of(weights) != known:
     raise UserError(
       f"the weights in {folder}/weights are not those that weights.json names. Run"
