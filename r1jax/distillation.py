@@ -250,17 +250,18 @@ def logit_step(
 
   grads, metrics, load, _ = accumulate(loss, weights, pages, c.micro_batches)
   learnt = count > 0
-  params, opt_state = descend(
+  params, opt_state, finite = descend(
     optimizer, grads, lora.trained(state.params), state.opt_state, learnt=learnt
   )
-  rate = jnp.where(learnt, c.router_bias_rate, 0.0)
+  rate = jnp.where(learnt & finite, c.router_bias_rate, 0.0)
   state = state.replace(
     step=state.step + 1,
     params=lora.put(state.params, params),
     router=moe.balance(state.router, load, rate),
     opt_state=opt_state,
   )
-  return state, {**metrics, "grad_norm": optax.tree.norm(grads)}
+  norm = optax.tree.norm(grads)
+  return state, {**metrics, "grad_norm": norm, "skipped": 1.0 - finite}
 
 
 def pages_of(prompts: PromptBatch, rollout: Rollout) -> Pages:

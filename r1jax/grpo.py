@@ -155,10 +155,12 @@ def update(
     found = accumulate(loss_fn, weights, rows, c.micro_batches, c.unit)
   grads, metrics, load, per_token = found
   learnt = rows.mask.any()  # not of empty slots, masked or lost samples alone
-  params, opt_state = descend(
+  params, opt_state, finite = descend(
     optimizer, grads, lora.trained(state.params), state.opt_state, learnt=learnt
   )
-  router = moe.balance(state.router, load, c.bias_rate) if c.bias_rate else state.router
+  router = state.router
+  if c.bias_rate:
+    router = moe.balance(router, load, jnp.where(finite, c.bias_rate, 0.0))
   step = state.step + 1
   reference = state.reference
   if c.reference_refresh and reference is not None:
@@ -168,6 +170,7 @@ def update(
       lambda: state.reference,
     )
   metrics["grad_norm"] = optax.tree.norm(grads)
+  metrics["skipped"] = 1.0 - finite
   metrics["load_imbalance"] = moe.load_imbalance(load)
   params = lora.put(state.params, params)
   return TrainState(step, params, router, opt_state, reference), metrics, per_token

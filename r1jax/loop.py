@@ -18,7 +18,16 @@ from ml_collections import ConfigDict
 import numpy as np
 import rich.console
 
-from r1jax import fine_tuning, lock, report, settings, sft, sharding, token_report
+from r1jax import (
+  attempts,
+  fine_tuning,
+  lock,
+  report,
+  settings,
+  sft,
+  sharding,
+  token_report,
+)
 from r1jax.data import corpus
 from r1jax.errors import UserError
 from r1jax.evals.interval import interval
@@ -60,7 +69,12 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
       console.print("Nothing is left of it to profile: give another --workdir.")
     return summary
   mesh = sharding.make_mesh(**config.mesh)
-  with lock.held(workdir), jax.set_mesh(mesh), Progress(console) as progress:
+  with (
+    lock.held(workdir),
+    attempts.counted(workdir),
+    jax.set_mesh(mesh),
+    Progress(console) as progress,
+  ):
     with clock.phase("prepare"):
       this = prepare(config, workdir, mesh, clock, progress)
     clock.record(workdir / "events.jsonl")

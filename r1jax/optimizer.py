@@ -103,20 +103,25 @@ def descend(
   opt_state: Any,
   *,
   learnt: jax.Array | None = None,
-) -> tuple[Any, Any]:
-  """One update: (params, opt_state).
+) -> tuple[Any, Any, jax.Array]:
+  """One update, or none at all where the gradient is not finite: neither weights nor
+  moments nor the optimizer's count change then.
 
   Args:
     optimizer: its transformation.
     grads, params, opt_state: of the same tree.
     learnt: [] bool; where False nothing changes at all, so that AdamW's momentum does
       not move weights on a batch without a loss. None: there always is one.
+
+  Returns:
+    (params, opt_state, [] bool: the gradient is finite).
   """
   updates, new_state = optimizer.update(grads, opt_state, params)
   new = optax.apply_updates(params, updates), new_state
-  if learnt is None:
-    return new
-  return jax.tree.map(lambda a, b: jnp.where(learnt, a, b), new, (params, opt_state))
+  finite = jnp.isfinite(optax.tree.norm(grads))
+  takes = finite if learnt is None else finite & learnt
+  kept = jax.tree.map(lambda a, b: jnp.where(takes, a, b), new, (params, opt_state))
+  return *kept, finite
 
 
 def _zeros(shapes, wide=True):

@@ -287,19 +287,21 @@ def update_value(
 
   grads, metrics, load, _ = accumulate(loss_fn, state.params, batch, c.micro_batches)
   learnt = batch.rows.mask.any()
-  params, opt_state = descend(
+  params, opt_state, finite = descend(
     optimizer, grads, state.params, state.opt_state, learnt=learnt
   )
   router = state.router
   if c.bias_rate and router:
-    router = {"policy": moe.balance(router["policy"], load, c.bias_rate)}
+    rate = jnp.where(finite, c.bias_rate, 0.0)
+    router = {"policy": moe.balance(router["policy"], load, rate)}
   state = state.replace(
     step=state.step + 1,
     params=params,
     router=router,
     opt_state=opt_state,
   )
-  return state, {**metrics, "value_grad_norm": optax.tree.norm(grads)}
+  norm = optax.tree.norm(grads)
+  return state, {**metrics, "value_grad_norm": norm, "value_skipped": 1.0 - finite}
 
 
 def whole_step(

@@ -227,6 +227,32 @@ def broken_off(this: Run, step: int, said: rollout.Rollout, share: float) -> str
   )
 
 
+def skipped(this: Run, step: int, said: rollout.Rollout, figures: dict) -> None:
+  """Keeps the outputs of a rollout that had an update without a finite gradient, which
+  moved nothing.
+
+  Raises:
+    NumericalError: it is the third rollout in a row.
+  """
+  place = this.workdir / "bad_steps" / f"{step}.npz"
+  if jax.process_index() == 0:
+    place.parent.mkdir(exist_ok=True)
+    names = ("tokens", "mask", "logprobs")
+    kept = {name: np.asarray(getattr(said, name)) for name in names}
+    np.savez_compressed(place, **kept, **figures)
+  text = (
+    f"update {step}: {figures['skipped']:.0%} of the rollout's updates were skipped"
+  )
+  text += f", their gradients were not finite; its outputs and figures: {place}"
+  before = this.metrics.phase("rl")[-2:]
+  if len(before) == 2 and all(row.get("skipped") for row in before):
+    raise NumericalError(
+      f"{text}. It is the third rollout in a row. The weights are finite: lower"
+      " config.optimizer.learning_rate, or look at the rewards and ratios there."
+    )
+  this.progress.say(text)
+
+
 def record(
   this: Run, step: int, said: rollout.Rollout, figures: dict, trace: diagnostics.Trace
 ) -> None:
@@ -241,6 +267,8 @@ def record(
   figures["samples"] = drawn
   if figures["nonfinite"]:
     raise NumericalError(broken_off(this, step, said, figures["nonfinite"]))
+  if figures["skipped"]:
+    skipped(this, step, said, figures)
   for sentence in diagnostics.alarms(figures, this.config.reward.alarm):
     this.progress.say(f"update {step}: {sentence}")
   counted = [generate.reflections(t) for t in texts]

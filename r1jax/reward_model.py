@@ -243,8 +243,9 @@ def _update(
   micro_batches: int,
 ) -> tuple[TrainState, dict]:
   grads, metrics, _, _ = accumulate(loss_fn, state.params, batch, micro_batches)
-  params, opt_state = descend(
+  params, opt_state, finite = descend(
     optimizer, grads, state.params, state.opt_state, learnt=batch.valid.any()
   )
   state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
-  return state, {**metrics, "grad_norm": optax.tree.norm(grads)}
+  norm = optax.tree.norm(grads)
+  return state, {**metrics, "grad_norm": norm, "skipped": 1.0 - finite}

@@ -118,13 +118,14 @@ def step(
     return loss, (*aux, ())
 
   grads, metrics, load, _ = accumulate(loss, weights, pages, micro_batches)
-  params, opt_state = descend(
+  params, opt_state, finite = descend(
     optimizer, grads, lora.trained(state.params), state.opt_state
   )
   state = state.replace(
     step=state.step + 1,
     params=lora.put(state.params, params),
-    router=moe.balance(state.router, load, router_bias_rate),
+    router=moe.balance(state.router, load, jnp.where(finite, router_bias_rate, 0.0)),
     opt_state=opt_state,
   )
-  return state, {**metrics, "grad_norm": optax.tree.norm(grads)}
+  norm = optax.tree.norm(grads)
+  return state, {**metrics, "grad_norm": norm, "skipped": 1.0 - finite}

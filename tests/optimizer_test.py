@@ -172,11 +172,27 @@ def test_a_batch_without_a_loss_moves_nothing_not_even_by_momentum():
   adamw, descend = optimizer.make_optimizer(settings()), optimizer.descend
   params = {"w": jnp.asarray([1.0, -2.0])}
   start = adamw.init(params)
-  params, state = descend(adamw, {"w": jnp.asarray([1.0, 1.0])}, params, start)
+  params, state, _ = descend(adamw, {"w": jnp.asarray([1.0, 1.0])}, params, start)
   zero = {"w": jnp.zeros(2)}
-  same, kept = descend(adamw, zero, params, state, learnt=jnp.asarray(False))
+  same, kept, _ = descend(adamw, zero, params, state, learnt=jnp.asarray(False))
   assert jax.tree.all(jax.tree.map(np.array_equal, (same, kept), (params, state)))
-  moved, later = descend(adamw, zero, params, state, learnt=jnp.asarray(True))
+  moved, later, _ = descend(adamw, zero, params, state, learnt=jnp.asarray(True))
   assert not np.array_equal(moved["w"], params["w"])  # what momentum would have done
-  always, also = descend(adamw, zero, params, state)
+  always, also, _ = descend(adamw, zero, params, state)
   assert jax.tree.all(jax.tree.map(np.array_equal, (moved, later), (always, also)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+def test_a_gradient_that_is_not_finite_moves_nothing_however_often_it_comes(bad):
+  """1e30: its square overflows, and so would the norm that it is clipped by."""
+  adamw, descend = optimizer.make_optimizer(settings()), optimizer.descend
+  params = {"w": jnp.asarray([1.0, -2.0])}
+  params, state, finite = descend(
+    adamw, {"w": jnp.asarray([1.0, 1.0])}, params, adamw.init(params)
+  )
+  assert finite
+  now = params, state
+  for _ in range(5):
+    *now, finite = descend(adamw, {"w": jnp.asarray([1.0, bad])}, *now)
+    assert not finite
+  assert jax.tree.all(jax.tree.map(np.array_equal, tuple(now), (params, state)))

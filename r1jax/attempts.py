@@ -1,0 +1,82 @@
+"""A brake: a run that is started again and again and gets nowhere is stopped.
+
+attempts.jsonl in the workdir has a line for every start, with what had been reached by
+then, and one for every end that could still be written.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import json
+import pathlib
+import time
+
+import jax
+
+from r1jax.errors import NumericalError, UserError
+from r1jax.metrics import MetricsFile
+
+NAME = "attempts.jsonl"
+MOST = 3  # attempts without a new checkpoint
+
+
+@contextlib.contextmanager
+def counted(workdir: pathlib.Path) -> Iterator[None]:
+  """Counts what is done in it as an attempt. A user's mistake and Ctrl-C are none.
+
+  Raises:
+    NumericalError: three attempts have ended, or been killed, without a new checkpoint.
+  """
+  path = workdir / NAME
+  if jax.process_index() > 0:
+    yield
+    return
+  now = reached(workdir)
+  failed = vain(MetricsFile.rows_of(path), now)
+  if len(failed) >= MOST:
+    told = [f"  {row['end'] or 'killed'}" for row in failed[-MOST:]]
+    raise NumericalError(
+      f"{MOST} attempts have ended without a new checkpoint in {workdir}; they stand at"
+      f" {now or 'nothing'}. Remove {path} to try again.\n" + "\n".join(told)
+    )
+  with path.open("a") as file:
+    file.write(json.dumps({"began": time.time(), "reached": now}) + "\n")
+  end = "done"
+  try:
+    yield
+  except (UserError, KeyboardInterrupt):
+    end = "stopped"
+    raise
+  except BaseException as error:
+    end = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    raise
+  finally:
+    with contextlib.suppress(OSError), path.open("a") as file:  # of a full disk
+      file.write(json.dumps({"end": end}) + "\n")
+
+
+def reached(workdir: pathlib.Path) -> dict[str, int]:
+  """{stage: its newest checkpoint}."""
+  found: dict[str, int] = {}
+  for path in (workdir / "checkpoints").glob("*/*"):
+    if path.name.isdigit():
+      stage = path.parent.name
+      found[stage] = max(found.get(stage, 0), int(path.name))
+  return found
+
+
+def vain(rows: list[dict], now: dict[str, int]) -> list[dict]:
+  """The last attempts that began where the run still stands, with how each ended ("":
+  nobody could say)."""
+  attempts: list[dict] = []
+  for row in rows:
+    if "began" in row:
+      attempts.append({"reached": row["reached"], "end": ""})
+    elif attempts:
+      attempts[-1]["end"] = row.get("end", "")
+  found: list[dict] = []
+  for attempt in reversed(attempts):
+    if attempt["reached"] != now:
+      break
+    if attempt["end"] not in ("stopped", "done"):
+      found.append(attempt)
+  return found[::-1]

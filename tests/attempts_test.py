@@ -1,0 +1,57 @@
+"""Three attempts that reach nothing are enough; what a person did is none."""
+
+import json
+
+import pytest
+
+from r1jax import attempts
+from r1jax.errors import NumericalError, TransientError, UserError
+
+
+def attempt(workdir, error=None, reached=None):
+  with attempts.counted(workdir):
+    if reached:
+      (workdir / "checkpoints" / "rl" / str(reached)).mkdir(parents=True)
+    if error:
+      raise error
+
+
+def killed(workdir):
+  """What a kill leaves: a start, and half a line."""
+  row = {"began": 0.0, "reached": attempts.reached(workdir)}
+  with (workdir / attempts.NAME).open("a") as file:
+    file.write(json.dumps(row) + '\n{"en')
+    file.write("\n")
+
+
+def test_the_fourth_attempt_is_refused_with_the_ends_of_three(tmp_path):
+  attempt(tmp_path, reached=2)
+  for error in (TransientError("no peer"), OSError("disk\nfull")):
+    with pytest.raises(type(error)):
+      attempt(tmp_path, error)
+  killed(tmp_path)
+  with pytest.raises(NumericalError) as stop:
+    attempt(tmp_path)
+  text = str(stop.value)
+  assert "{'rl': 2}" in text and str(tmp_path / attempts.NAME) in text
+  assert text.splitlines()[-3:] == [
+    "  TransientError: no peer",
+    "  OSError: disk full",
+    "  killed",
+  ]
+  (tmp_path / attempts.NAME).unlink()  # the remedy
+  attempt(tmp_path)
+
+
+def test_a_new_checkpoint_begins_the_count_again(tmp_path):
+  for step in range(1, 8):
+    with pytest.raises(OSError):
+      attempt(tmp_path, OSError("x"), reached=step if step % 3 == 0 else None)
+
+
+@pytest.mark.parametrize("error", [UserError("no such key"), KeyboardInterrupt()])
+def test_what_a_person_did_does_not_count(tmp_path, error):
+  for _ in range(5):
+    with pytest.raises(type(error)):
+      attempt(tmp_path, error)
+  attempt(tmp_path)
