@@ -10,7 +10,7 @@ import numpy as np
 from r1jax import sft, train_state
 from r1jax.checkpoint import Checkpoints
 from r1jax.optimizer import make_optimizer
-from r1jax.run import Run, adapters_of, compiled, put_batch
+from r1jax.run import Run, adapters_of, compiled, put_batch, resumed
 from r1jax.sft import TuningConfig
 
 
@@ -59,14 +59,10 @@ def tune(
     policy, optimizer, this.mesh, adapters=adapters, **how
   )
   checkpoints = Checkpoints(this.workdir / "checkpoints" / phase, say=this.progress.say)
-  with this.clock.phase("restore"):
-    shapes = jax.eval_shape(begin, *given)
-    found = checkpoints.restore(shapes.kept, shardings.kept)
+  shapes = jax.eval_shape(begin, *given)
+  found = resumed(this, checkpoints, phase, shapes.kept, shardings.kept)
   begun = found.step if found else 0
-  if found:
-    state = found.state
-    this.clock.restore(found.host["clock"])
-    this.progress.say(f"{phase}: continuing from update {begun}")
+  state = found.state if found else None
   if adapters or not begun:
     first = compiled(this, begin, *given, out_shardings=shardings)(*given)
     state = state.on(first) if begun else first

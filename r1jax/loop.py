@@ -56,9 +56,10 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
     )
   for sentence in settings.idle(config):
     console.print(sentence, style="yellow", highlight=False, soft_wrap=True)
-  open_workdir(config, workdir)
-  if (workdir / "summary.json").exists():
-    summary = json.loads((workdir / "summary.json").read_text())
+  changes = open_workdir(config, workdir)
+  ended = workdir / "summary.json"
+  summary = json.loads(ended.read_text()) if ended.exists() else {}
+  if summary and config.steps <= summary["final"]["step"]:
     show(console, workdir, summary)
     console.print(
       f"This run has ended; its files are in {workdir}.",
@@ -68,6 +69,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
     if any(config.profile_steps):
       console.print("Nothing is left of it to profile: give another --workdir.")
     return summary
+  if changes:
+    console.print(
+      f"The run in {workdir} goes on with {'; '.join(changes)}. Its state comes back"
+      " bit for bit; what follows is what it would have been but for rounding, and for"
+      " a schedule that ends with the steps.",
+      highlight=False,
+      soft_wrap=True,
+    )
   mesh = sharding.make_mesh(**config.mesh)
   with (
     lock.held(workdir),

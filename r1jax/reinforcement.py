@@ -27,7 +27,7 @@ from r1jax.evals import generate
 from r1jax.evaluator import Evaluator
 from r1jax.optimizer import make_optimizer
 from r1jax.profiling import Profile
-from r1jax.run import Run, adapters_of, compiled, put_batch, readable, take
+from r1jax.run import Run, adapters_of, compiled, put_batch, readable, resumed, take
 
 
 def reinforce(
@@ -61,15 +61,12 @@ def reinforce(
     stream = problems.stream(len(this.train.ids), pool, seed=c.seed)
   key = jax.random.fold_in(jax.random.key(c.seed), 1)
   checkpoints = Checkpoints(this.workdir / "checkpoints" / "rl", say=this.progress.say)
-  with this.clock.phase("restore"):
-    shapes = jax.eval_shape(begin, params, router)
-    found = checkpoints.restore(shapes.kept, shardings.kept)
+  shapes = jax.eval_shape(begin, params, router)
+  found = resumed(this, checkpoints, "rl", shapes.kept, shardings.kept)
   step = found.step if found else 0
   if found:
     state = found.state
-    this.clock.restore(found.host["clock"])
     stream.set_state(found.host["stream"])
-    this.progress.say(f"rl: continuing from update {step}")
   adapters, _ = adapters_of(this)
   if adapters or not step:
     first = compiled(this, begin, params, router, out_shardings=shardings)(

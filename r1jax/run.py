@@ -1,6 +1,7 @@
 """What stays fixed over a run: its workdir, problems, tokenizer, policy and mesh."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,7 +15,7 @@ import numpy as np
 
 from r1jax import lora, settings, sharding, train_state
 from r1jax.agreement import agree, share_folder
-from r1jax.checkpoint import Checkpoints
+from r1jax.checkpoint import Checkpoints, Restored
 from r1jax.data import corpus
 from r1jax.data import world as worlds
 from r1jax.data.hf_tokenizer import HFTokenizer, open_tokenizer
@@ -92,18 +93,30 @@ def make_folder(workdir: pathlib.Path) -> None:
     ) from error
 
 
-def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Makes the folder; refuses one that holds a run of another config."""
+# What a run may be continued with otherwise: its end, how it is computed, and when it
+# looks up. All but the end change figures by rounding alone, or not at all.
+CHANGEABLE = ("steps", "checkpoint_every", "segment_tokens", "mesh.", "reward.workers")
+CHANGEABLE += ("model.remat", "model.implementation", "model.rules")
+
+
+def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> list[str]:
+  """Makes the folder; refuses one that holds a run of another config.
+
+  Returns:
+    what is changed of the run that it holds, of what may be.
+  """
   make_folder(workdir)
   path = workdir / "config.json"
   if not path.exists():
-    return
+    return []
   changes = settings.differences(json.loads(path.read_text()), identity(config))
-  if changes:
+  refused = [x for x in changes if not x.startswith(CHANGEABLE)]
+  if refused:
     raise UserError(
-      f"--workdir={workdir} holds a run of another config ({'; '.join(changes)})."
+      f"--workdir={workdir} holds a run of another config ({'; '.join(refused)})."
       " Use another --workdir, or the config it was started with."
     )
+  return changes
 
 
 def identity(config: ConfigDict) -> dict:
@@ -347,6 +360,23 @@ def adapters_of(this: Run) -> tuple[lora.LoraConfig | None, Callable[[Any], Any]
   found = settings.lora_config(this.config)
   key = jax.random.fold_in(jax.random.key(this.config.seed), 3)
   return found, functools.partial(lora.adapt, this.policy, config=found, key=key)
+
+
+def resumed(
+  this: Run, checkpoints: Checkpoints, phase: str, shapes: Any, shardings: Any
+) -> Restored | None:
+  """What a phase of the run has left, and the run's clock as it was then; None where it
+  has not begun. Args and errors: as Checkpoints.restore."""
+  steps = checkpoints.steps()
+  timed = contextlib.nullcontext()
+  if steps:
+    timed = this.clock.phase("restore", step=steps[-1])
+  with timed:
+    found = checkpoints.restore(shapes, shardings)
+  if found:
+    this.clock.restore(found.host["clock"])
+    this.progress.say(f"{phase}: continuing from update {found.step}")
+  return found
 
 
 def compiled(this: Run, function, *args, donate: tuple[int, ...] = (), **jit) -> Any:

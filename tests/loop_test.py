@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,6 +177,22 @@ def test_a_workdir_of_another_config_is_refused_and_kept(finished, cache):
   assert "objective.clip_high: None -> 0.2" in other.stderr
   assert len(other.stderr.strip().splitlines()) == 1
   assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_has_ended_can_be_extended_and_keeps_what_it_was(
+  finished, cache, tmp_path
+):
+  workdir = pathlib.Path(shutil.copytree(finished[0], tmp_path / "longer"))
+  done = run(workdir, cache, "--config.steps=14", "--config.checkpoint_every=2")
+  assert done.returncode == 0, done.stderr
+  text = done.stdout.replace("\n", " ")
+  assert "goes on with checkpoint_every: 4 -> 2; steps: 12 -> 14" in text
+  assert "continuing from update 12" in text
+  assert json.loads((workdir / "summary.json").read_text())["final"]["step"] == 14
+  before = [r for r in rows(finished[0]) if r["phase"] == "rl"]
+  assert [r for r in rows(workdir) if r["phase"] == "rl"][:-1] == before
+  again = run(workdir, cache, "--config.steps=14", "--config.checkpoint_every=2")
+  assert "This run has ended" in again.stdout
 
 
 def test_a_killed_run_ends_where_it_would_have_ended(finished, cache, tmp_path):

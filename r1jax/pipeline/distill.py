@@ -29,7 +29,7 @@ from r1jax.pipeline.project import (
   save_weights,
   with_changes,
 )
-from r1jax.run import Run, adapters_of, compiled, put_batch, take
+from r1jax.run import Run, adapters_of, compiled, put_batch, resumed, take
 
 MODES = ("sft", "logits", "on_policy")
 
@@ -190,7 +190,7 @@ def _on_policy(
     this.workdir / "checkpoints" / "on_policy", say=this.progress.say
   )
   shapes = jax.eval_shape(begin, *start)
-  found = checkpoints.restore(shapes.kept, layout.kept)
+  found = resumed(this, checkpoints, "on_policy", shapes.kept, layout.kept)
   step = found.step if found else 0
   if found:
     state = found.state
@@ -228,7 +228,8 @@ def _on_policy(
     this.metrics.write({"phase": "on_policy", "step": step, **figures})
     this.progress.update("on_policy", step, steps, loss=figures["loss"])
     if step % c.checkpoint_every == 0 or step == steps:
-      checkpoints.save(step, state.kept, {"stream": stream.get_state()})
+      host = {"stream": stream.get_state(), "clock": this.clock.state()}
+      checkpoints.save(step, state.kept, host)
   checkpoints.close()
   loss = this.metrics.phase("on_policy")[-1]["loss"]
   return (state.params, state.router), {"rollouts": steps, "loss": loss}
