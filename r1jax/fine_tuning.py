@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from r1jax import sft, train_state
+from r1jax import preemption, sft, train_state
 from r1jax.checkpoint import Checkpoints
 from r1jax.optimizer import make_optimizer
 from r1jax.run import Run, adapters_of, compiled, put_batch, resumed
@@ -92,7 +92,8 @@ def tune(
     program = compiled(this, next_token_step, *args, donate=(0,), out_shardings=out)
     third = max(steps // 3, 1)
     for i in range(begun, steps):
-      saves = (i + 1) % third == 0 or i + 1 == steps
+      stops = preemption.asked()
+      saves = (i + 1) % third == 0 or i + 1 == steps or stops
       with this.clock.phase(phase, step=i + 1):
         state, figures = program(state, batch(i), teacher)
         if i % 10 == 9 or i + 1 == steps:
@@ -105,6 +106,9 @@ def tune(
       if saves:
         with this.clock.phase("save", step=i + 1):
           checkpoints.save(i + 1, state.kept, {"clock": this.clock.state()})
+      if stops and i + 1 < steps:
+        checkpoints.close()
+        preemption.leave()
   checkpoints.close()
   return state.params, state.router
 

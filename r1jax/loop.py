@@ -22,6 +22,7 @@ from r1jax import (
   attempts,
   fine_tuning,
   lock,
+  preemption,
   report,
   settings,
   sft,
@@ -83,6 +84,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
     attempts.counted(workdir),
     jax.set_mesh(mesh),
     Progress(console) as progress,
+    preemption.listened(progress.say),
   ):
     with clock.phase("prepare"):
       this = prepare(config, workdir, mesh, clock, progress)
@@ -156,7 +158,8 @@ def conclude(this: Run) -> dict:
   if jax.process_index():
     return summary
   name = "PPO" if "ppo" in c else "R1-Zero"
-  title = f"{name} in miniature: {c.task}, {c.objective.preset}, seed {c.seed}"
+  what = pathlib.Path(c.model.folder).name if c.model.folder else "in miniature"
+  title = f"{name} {what}: {c.task}, {c.objective.preset}, seed {c.seed}"
   report.curves(this.workdir / "curves.png", train, evals, title)
   if c.grpo.traced_groups:
     page = token_report.page(this.traces.rows(), title)

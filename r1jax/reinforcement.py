@@ -14,6 +14,7 @@ from r1jax import (
   grpo,
   lora,
   ppo,
+  preemption,
   rollout,
   segments,
   settings,
@@ -114,13 +115,13 @@ def reinforce(
         record(this, *pending)
       pending = (step, said, figures, trace)
       last = step == c.steps
+      stops = preemption.asked() and not last
       if token_budget:
         record(this, *pending)
         pending = None
         last = last or sampled_tokens(this) >= token_budget
-      if pending and (
-        last or step % c.eval.every == 0 or step % c.checkpoint_every == 0
-      ):
+      saves = last or stops or step % c.checkpoint_every == 0
+      if pending and (saves or step % c.eval.every == 0):
         record(this, *pending)
         pending = None
     profile.stop(step, state, end=bool(last))
@@ -132,11 +133,15 @@ def reinforce(
       for phase, score in (("eval", "pass_at_1"), ("examined", "helpfulness")):
         if warning := diagnostics.hacked(rows("rl"), rows(phase), drop, score):
           this.progress.say(f"update {step}: {warning}")
-    if last or step % c.checkpoint_every == 0:
+    if saves:
       with this.clock.phase("save", step=step):
         host = {"stream": stream.get_state(), "clock": this.clock.state()}
         checkpoints.save(step, state.kept, host)
+    if stops:
+      break
   checkpoints.close()
+  if step < c.steps and not last:
+    preemption.leave()
   return state.params, state.router
 
 

@@ -12,6 +12,7 @@ import pytest
 from trees import assert_same, host
 
 from r1jax import fine_tuning, sft
+from r1jax.checkpoint import Checkpoints
 from r1jax.fine_tuning import tune
 from r1jax.metrics import MetricsFile
 from r1jax.optimizer import OptimizerConfig
@@ -127,7 +128,14 @@ def call(workdir, *, kill_at=None, pages=rows, config=CONFIG, **how):
       PROGRAMS[key] = compiled(this, function, *args, **jit)
     return PROGRAMS[key]
 
+  kept_save = Checkpoints.save
+
+  def save(self, *args):
+    kept_save(self, *args)
+    self.wait()  # a kill comes later
+
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Checkpoints, "save", save)
     patch.setattr(fine_tuning, "put_batch", record)
     patch.setattr(fine_tuning, "compiled", once)
     try:

@@ -10,7 +10,7 @@ RANKS = [
   names.split()
   for names in (
     "r1jax.errors r1jax.events r1jax.digest",
-    "r1jax.xla_flags r1jax.lock",
+    "r1jax.xla_flags r1jax.lock r1jax.preemption",
     "r1jax.kernels r1jax.sharding r1jax.data.tokenizer r1jax.data.problem"
     " r1jax.data.chat_template",
     "r1jax.implementation r1jax.ops_checks r1jax.ahead_of_time r1jax.support"

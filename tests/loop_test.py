@@ -58,6 +58,18 @@ def finished(tmp_path_factory, cache):
   return workdir, done.stdout
 
 
+def said(workdir: pathlib.Path) -> str:
+  metrics = workdir / "metrics.jsonl"
+  return metrics.read_text() if metrics.exists() else ""
+
+
+def until(true, process: subprocess.Popen) -> None:
+  """Waits for it, as long as the process lives and no longer than four minutes."""
+  deadline = time.monotonic() + 240
+  while time.monotonic() < deadline and process.poll() is None and not true():
+    time.sleep(0.02)
+
+
 def rows(workdir: pathlib.Path) -> list[dict]:
   return [json.loads(r) for r in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -195,18 +207,39 @@ def test_a_run_that_has_ended_can_be_extended_and_keeps_what_it_was(
   assert "This run has ended" in again.stdout
 
 
+@pytest.mark.parametrize(
+  "number, code", [(signal.SIGTERM, 42), (signal.SIGINT, 130)], ids=["TERM", "INT"]
+)
+def test_a_run_that_is_asked_to_stop_saves_its_last_step(
+  number, code, finished, cache, tmp_path
+):
+  """In the middle of RL, where no checkpoint is due; it ends where it would have."""
+  workdir = tmp_path / "stopped"
+  long = command(workdir, cache, "--config.checkpoint_every=1000")
+  with subprocess.Popen(
+    long, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  ) as process:
+    until(lambda: '"phase": "rl", "step": 4' in said(workdir), process)
+    process.send_signal(number)
+    process.communicate(timeout=120)
+  assert process.returncode == code
+  (saved,) = (workdir / "checkpoints" / "rl").iterdir()
+  assert 4 <= int(saved.name) < 12
+  again = run(workdir, cache)
+  assert again.returncode == 0, again.stderr
+  text = again.stdout.replace("\n", " ")
+  assert f"continuing from update {saved.name}" in text
+  assert rows(workdir) == rows(finished[0])
+
+
 def test_a_killed_run_ends_where_it_would_have_ended(finished, cache, tmp_path):
   """SIGKILL in the middle of RL; the same command again gives the same metrics."""
   workdir = tmp_path / "killed"
   process = subprocess.Popen(
     command(workdir, cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
   )
-  metrics = workdir / "metrics.jsonl"
-  deadline = time.monotonic() + 240
-  while time.monotonic() < deadline and process.poll() is None:
-    if metrics.exists() and '"phase": "rl", "step": 6' in metrics.read_text():
-      break
-    time.sleep(0.02)
+  saved = workdir / "checkpoints" / "rl" / "4"
+  until(lambda: '"step": 6' in said(workdir) and saved.exists(), process)
   os.kill(process.pid, signal.SIGKILL)
   process.wait()
   assert not (workdir / "summary.json").exists(), "the run ended before it was killed"

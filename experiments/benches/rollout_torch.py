@@ -96,7 +96,13 @@ class Published(Model):
     ).eval()
 
   def sample(
-    self, prompts: np.ndarray, mask: np.ndarray, group: int, new: int, ends: list[int]
+    self,
+    prompts: np.ndarray,
+    mask: np.ndarray,
+    group: int,
+    new: int,
+    temperature: float,
+    ends: list[int],
   ) -> tuple[float, int]:
     """(seconds, tokens) of group completions a prompt, each to one of `ends` or to
     `new` tokens. Args: prompts, mask: [B, P], padded on the left."""
@@ -107,7 +113,7 @@ class Published(Model):
       attention_mask=torch.from_numpy(mask).long(),
       num_return_sequences=group,
       do_sample=True,
-      temperature=1.0,
+      temperature=temperature,
       top_k=0,
       top_p=1.0,
       max_new_tokens=new,

@@ -180,7 +180,8 @@ class Beside:
     index, c = next(self.stream), self.this.config
     if self.step % self.every == 0:
       asked = take(self.this.train, np.asarray(index))
-      how = c.grpo.group_size, self.this.windows[0][1], list(self.this.stop_ids)
+      g, new = c.grpo, self.this.windows[0][1]
+      how = g.group_size, new, g.temperature, list(self.this.stop_ids)
       seconds, tokens = self.theirs("sample", asked.tokens, asked.mask, *how)
       self.file.write(
         dict(phase="rl", step=self.step + 1, seconds=seconds, tokens=tokens)
