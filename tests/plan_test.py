@@ -6,14 +6,16 @@ import json
 import subprocess
 import sys
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.configs.r1_zero import get_config
-from r1jax import ahead_of_time, plan, program_cost, sharding
+from r1jax import ahead_of_time, plan, program_cost, settings, sharding
 from r1jax.errors import UserError
+from r1jax.models import policy as policy_lib
 
 SMALL = dict(
   model=dict(layers=2, moe="ragged", expert_capacity=1.0),
@@ -100,6 +102,35 @@ def turns_and_cache_are_those_of_the_sizes(config, found):
   assert set(found["programs"]) == {"prefill", "decode", "update"}
   update = found["programs"]["update"]
   assert update["collectives"]["all-to-all"][1] > 0
+
+
+@pytest.mark.parametrize(
+  "preset, chips, parameters",
+  [
+    ("qwen3_0_6b", 4, 596_049_920),
+    ("qwen2_5_1_5b", 8, 1_543_714_304),
+    ("moonlight_16b", 64, 15_960_108_544),
+  ],
+)
+def test_presets_of_published_models_are_planned_without_them(
+  preset, chips, parameters
+):
+  config = get_config(preset)
+  assert config.model.folder
+  planned = plan.of_preset(config)
+  settings.check(planned, chips)
+  sizes = plan.sizes_of(planned)
+  assert (sizes.prompt, sizes.window) == (384, config.windows[0][1])
+  shapes = nn.unbox(policy_lib.boxes(sizes.policy)[0])
+  assert sum(x.size for x in jax.tree.leaves(shapes)) == parameters
+
+
+def test_a_checkpoint_that_is_here_says_its_own_sizes(tmp_path):
+  config = get_config("qwen3_0_6b")
+  config.model.folder = str(tmp_path)
+  assert plan.of_preset(config).model.folder == str(tmp_path)
+  config.model.folder, config.model.preset = "nowhere", "tiny"
+  assert plan.of_preset(config).model.folder == "nowhere"  # whose absence is an error
 
 
 def test_a_state_is_laid_out_for_devices_that_are_not_here():

@@ -343,7 +343,7 @@ def qwen3_0_6b(c: ConfigDict) -> None:
   word_problems(c)
   c.windows = ((0, 2048),)
   c.grpo.slots = 128
-  c.grpo.micro_batches = 32
+  c.grpo.micro_batches = 8
 
 
 def qwen2_5_1_5b(c: ConfigDict) -> None:
@@ -366,7 +366,7 @@ def moonlight_16b(c: ConfigDict) -> None:
   c.windows = ((0, 8192),)
   c.grpo.slots = 256
   c.grpo.record_experts = False
-  c.grpo.micro_batches = 4
+  c.grpo.micro_batches = 2
 
 
 GIVEN = {
