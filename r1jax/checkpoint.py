@@ -91,7 +91,9 @@ class Checkpoints:
       )
     self._check_room(step, state)
     text = json.dumps({"schema": SCHEMA, "digest": leaves, "host": host})
+    # The number is there for Orbax, which warns of a tree without arrays.
     record = {"text": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    record["schema"] = SCHEMA
     if jax.default_backend() == "cpu":  # elsewhere the save begins with a copy
       state = jax.tree.map(jnp.copy, state)
     with self._storage(f"step {step}"):

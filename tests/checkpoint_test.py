@@ -16,6 +16,12 @@ from r1jax import checkpoint, digest, train_state
 from r1jax.checkpoint import Checkpoints
 from r1jax.errors import NumericalError, TransientError, UserError
 
+# Orbax's threads may still work on a file that has turned out to be broken.
+pytestmark = [
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+]
+
 HOST = {
   "stream": {"next_index": 7, "nested": {"list": [1, 2, 3], "name": "x", "none": 0}},
   "seconds": {"rl": 1.25, "compile": 3.5},

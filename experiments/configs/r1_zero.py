@@ -11,7 +11,13 @@ tiny   2 CPU cores, 4 minutes. A base of 0.38 M parameters is pre-trained on syn
 puzzle 2 CPU cores, 11 minutes. The same on a search: pass@1 0.26 -> 0.74, four times
        the length, ten times the tries.
 paper  R1-Zero as published, for DeepSeek-V3-Base on a pod: the schedule, the sizes and
-       their sources. A record: it needs the published base, which r1jax cannot read.
+       their sources. A record: its step is planned (docs/scale.md), and not run.
+
+On published models, whose folders and problems you bring (docs/models.md):
+
+smollm2_135m   2 CPU cores, half an hour: pass@1 0.04 -> 0.35 on sums of three numbers
+qwen3_0_6b, qwen2_5_1_5b, moonlight_16b   word problems, on TPUs or GPUs: planned, not
+               run; their docstrings say on what
 
 Every value can be set on the command line: --config.grpo.group_size=8.
 """
@@ -313,7 +319,12 @@ def word_problems(c: ConfigDict) -> None:
 
 
 def smollm2_135m(c: ConfigDict) -> None:
-  """SmolLM2-135M-Instruct on sums of three digits: experiments.fetch_smollm2 first."""
+  """SmolLM2-135M-Instruct on sums of three numbers.
+
+  2 CPU cores, 8 GiB, half an hour: 16 updates of 67 s, two evaluations of 5 minutes.
+    python -m experiments.fetch_smollm2 --folder=models/smollm2_135m
+    python -m experiments.r1_zero --config=experiments/configs/r1_zero.py:smollm2_135m
+  """
   c.preset = "smollm2_135m"
   c.model.folder = "models/smollm2_135m"
   c.model.dtype = "float32"
@@ -347,7 +358,14 @@ def qwen3_0_6b(c: ConfigDict) -> None:
 
 
 def qwen2_5_1_5b(c: ConfigDict) -> None:
-  """Qwen2.5-1.5B."""
+  """Qwen2.5-1.5B, on a host of 8 v5e chips (v5e-8).
+
+  By the plan 11.1 of a chip's 15.75 GiB (update), a rollout and its two updates in 47 s
+  at the roofline at 600 tokens an output; 13 hours for all at half of that speed.
+    python -m experiments.plan --config=experiments/configs/r1_zero.py:qwen2_5_1_5b \
+        --topology=v5e:2x4 --mean_tokens=600
+    python -m experiments.r1_zero --config=experiments/configs/r1_zero.py:qwen2_5_1_5b
+  """
   c.preset, c.model.preset = "qwen2_5_1_5b", "qwen2_5_1_5b_base"
   c.model.folder = "models/Qwen2.5-1.5B"
   word_problems(c)
@@ -357,7 +375,16 @@ def qwen2_5_1_5b(c: ConfigDict) -> None:
 
 
 def moonlight_16b(c: ConfigDict) -> None:
-  """Moonlight-16B-A3B: DeepSeek-V3's architecture."""
+  """Moonlight-16B-A3B, of DeepSeek-V3's architecture, on 64 v5e chips; or with
+  mesh.expert=8, mesh.tensor=1 on a host of 8 H200.
+
+  With the paper's 32k window and 512 x 16 outputs a chip has 27 % free on 64 v5e, and
+  48 % on 8 H200 (docs/scale.md); this is a quarter of the window and an eighth of the
+  outputs. Its own plan takes some minutes:
+    python -m experiments.plan --config=experiments/configs/r1_zero.py:moonlight_16b \
+        --topology=v5e:8x8 --mean_tokens=2000
+    python -m experiments.r1_zero --config=experiments/configs/r1_zero.py:moonlight_16b
+  """
   c.preset = c.model.preset = "moonlight_16b"
   c.model.folder = "models/Moonlight-16B-A3B"
   word_problems(c)
