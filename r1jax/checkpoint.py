@@ -173,6 +173,7 @@ class Checkpoints:
     return self._newest(read)
 
   def _newest(self, read: Callable[[int], Any]) -> Any:
+    self.wait()
     for step in reversed(self.steps()):
       try:
         return read(step)
