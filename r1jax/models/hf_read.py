@@ -134,7 +134,12 @@ def array(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _fill(part: jax.Array, box: jax.Array, at: tuple) -> jax.Array:
-  return jax.lax.dynamic_update_slice(part, box, at)
+  if part.dtype != jnp.bfloat16:
+    return jax.lax.dynamic_update_slice(part, box, at)
+  # As bits: XLA for CPUs widens a whole bfloat16 array, box after box.
+  bits = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (part, box))
+  filled = jax.lax.dynamic_update_slice(*bits, at)
+  return jax.lax.bitcast_convert_type(filled, jnp.bfloat16)
 
 
 def _parts(
