@@ -350,8 +350,8 @@ def smollm2_135m(c: ConfigDict) -> None:
 def qwen3_0_6b(c: ConfigDict) -> None:
   """Qwen3-0.6B-Base, on a host of 4 v6e chips (v6e-4).
 
-  By the plan 11.0 of a chip's 31.25 GiB (decoding), a rollout and its two updates in 44 s
-  at the roofline at 600 tokens an output; 12 hours for all at half of that speed.
+  By the plan 11.0 of a chip's 31.25 GiB (decoding), a rollout and its two updates in
+  44 s at the roofline at 600 tokens an output; 12 hours for all at half of that speed.
     python -m experiments.plan --config=experiments/configs/r1_zero.py:qwen3_0_6b \
         --topology=v6e:2x2 --mean_tokens=600
     python -m experiments.r1_zero --config=experiments/configs/r1_zero.py:qwen3_0_6b
