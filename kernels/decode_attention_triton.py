@@ -19,7 +19,7 @@ from r1jax.kernels.triton_blocks import check_width, dot, powers_of_two
 class Blocks(NamedTuple):
   heads: int  # query heads of a program
   k: int = 32  # slots read at a time
-  splits: int = 8  # programs that share a row's slots
+  splits: int = 1  # programs that share a row's slots
   warps: int = 4
   stages: int = 2
 
@@ -35,16 +35,21 @@ def fit(rows: int, heads: int, slots: int, layout, dtype: jnp.dtype) -> Blocks:
   check_width(layout.value_width)
   if slots % 16:
     raise NotImplementedError(f"slots are a multiple of 16 here, not {slots}")
-  k = 16 if slots % 32 or dtype == jnp.float32 else 32
-  most, wide = max(1, slots // 256), layout.key_width > 256
+  wide = layout.key_width > 256
+  k = 16 if slots % 32 or dtype == jnp.float32 else 32 if slots % 64 else 64
   if dtype == jnp.float32:
-    return Blocks(16, k, min(8, most), 8 if wide else 4)
-  if not wide:
-    return Blocks(16 if heads <= 16 else 32 if heads <= 32 else 64, k, min(8, most))
-  if heads <= 16:
-    return Blocks(16, k, min(8, most), 4, 3)
-  few = rows * layout.kv_heads * -(-heads // 64) < 32
-  return Blocks(64, k if slots % 64 else 64, min(16 if few else 8, most), 8)
+    blocks = Blocks(16, k, warps=8 if wide else 4)
+  elif not wide:
+    most = 16 if heads <= 16 else 32 if heads <= 32 else 64
+    blocks = Blocks(most, k, stages=3)
+  elif heads <= 16:
+    blocks = Blocks(16, min(k, 32), stages=3)
+  else:
+    blocks = Blocks(32, k)
+  # So many warps kept an H200 busiest.
+  programs = rows * layout.kv_heads * -(-heads // blocks.heads)
+  splits = (2048 if wide else 4096) // (programs * blocks.warps)
+  return blocks._replace(splits=max(1, min(splits, 16, slots // 256)))
 
 
 def _kernel(

@@ -1,8 +1,8 @@
 """Flash attention on a GPU, through Triton.
 
 A program serves a block of queries (or of keys, for their gradients) and loops over the
-blocks of the other side that share a segment with it. Without segments, blocks below
-the diagonal need no mask.
+blocks of the other side that share a segment with it. Those that it sees whole, below
+the diagonal and of one segment, need no mask.
 """
 
 import functools
@@ -62,8 +62,9 @@ def backward_blocks(blocks: Blocks, width: int, dtype: jnp.dtype) -> tuple:
 def bounds(
   q_segments: jax.Array, k_segments: jax.Array, causal: bool, blocks: Blocks
 ) -> tuple[jax.Array, jax.Array]:
-  """(of every block of queries, of every block of keys): the first of the other side's
-  blocks that it touches and the one after the last, [B, 2, blocks] int32."""
+  """(of every block of queries, of every block of keys), [B, 4, blocks] int32: of the
+  other side's blocks the first that it touches, the first that it sees whole, the one
+  after the last of these, and the one after the last that it touches."""
 
   def ends(segments, block):
     parts = segments.reshape(segments.shape[0], -1, block)
@@ -77,17 +78,31 @@ def bounds(
     k_low[:, None] <= q_high[:, :, None]
   )
   touch &= k_high[:, None] > 0
+  whole = touch & (q_low == q_high)[:, :, None] & (k_low == k_high)[:, None]
   if causal:
-    rows = (jnp.arange(touch.shape[1]) + 1) * blocks.q - 1
-    touch &= (rows[:, None] >= jnp.arange(touch.shape[2])[None] * blocks.k)[None]
+    rows = jnp.arange(touch.shape[1])[:, None] * blocks.q
+    columns = jnp.arange(touch.shape[2])[None] * blocks.k
+    touch &= (rows + blocks.q - 1 >= columns)[None]
+    whole &= (rows >= columns + blocks.k - 1)[None]
 
-  def span(touch):
-    n = touch.shape[2]
-    low = jnp.where(touch, jnp.arange(n)[None, None], n).min(axis=2)
-    high = jnp.where(touch, jnp.arange(n)[None, None] + 1, 0).max(axis=2)
-    return jnp.stack([low, high], axis=1).astype(jnp.int32)
+  def span(blocks):
+    n = blocks.shape[2]
+    low = jnp.where(blocks, jnp.arange(n)[None, None], n).min(axis=2)
+    return low, jnp.where(blocks, jnp.arange(n)[None, None] + 1, 0).max(axis=2)
 
-  return span(touch), span(touch.swapaxes(1, 2))
+  def runs(touch, whole, diagonal_last):
+    (low, high), (first, last) = span(touch), span(whole)
+    # None, or others between, where a segment's number returns: all need masks.
+    run = whole.sum(axis=2) == last - first
+    first, last = (
+      jnp.where(run, x, low if diagonal_last else high) for x in (first, last)
+    )
+    return jnp.stack([low, first, last, high], axis=1).astype(jnp.int32)
+
+  return (
+    runs(touch, whole, diagonal_last=True),
+    runs(touch.swapaxes(1, 2), whole.swapaxes(1, 2), diagonal_last=False),
+  )
 
 
 def _load(ref, at, rows):
@@ -111,26 +126,20 @@ def _masked(scores, i, j, blocks, q_segments, k_segments, causal):
   return scores if keep is None else jnp.where(keep, scores, base2.MASKED)
 
 
-def _over_keys(i, bounds_ref, body, start, *, causal, segmented, blocks):
-  """body(j, carry, masked=...) over the key blocks that query block i touches: those
-  below the diagonal first, which without segments need no mask."""
-  low, high = bounds_ref[0, i], bounds_ref[1, i]
-  below = low if segmented else high
-  if causal and not segmented:
-    below = jnp.minimum(high, jax.lax.div(i * blocks.q, blocks.k))
-  carry = jax.lax.fori_loop(low, below, functools.partial(body, masked=False), start)
-  return jax.lax.fori_loop(below, high, functools.partial(body, masked=True), carry)
+def _over(number, bounds_ref, body, carry, *, causal, segmented, diagonal):
+  """body(j, carry, masked=...) over the other side's blocks that this one touches.
 
-
-def _over_queries(j, bounds_ref, body, start, *, causal, segmented, blocks):
-  """The same over the query blocks that key block j touches: the diagonal first."""
-  low, high = bounds_ref[0, j], bounds_ref[1, j]
-  below = high if segmented else low
-  if causal and not segmented:
-    below = jax.lax.div((j + 1) * blocks.k + blocks.q - 1, blocks.q)
-    below = jnp.minimum(high, below)
-  carry = jax.lax.fori_loop(low, below, functools.partial(body, masked=True), start)
-  return jax.lax.fori_loop(below, high, functools.partial(body, masked=False), carry)
+  Args:
+    diagonal: which of the three runs of blocks it lies in, 0 or 2: without segments
+      that one alone needs a mask.
+  """
+  bounds = [bounds_ref[n, number] for n in range(4)]
+  for run in range(3):
+    masked = run != 1
+    if segmented or not masked or (causal and run == diagonal):
+      step = functools.partial(body, masked=masked)
+      carry = jax.lax.fori_loop(bounds[run], bounds[run + 1], step, carry)
+  return carry
 
 
 def _zeros(parts):
@@ -140,7 +149,7 @@ def _zeros(parts):
 def _forward_kernel(
   bounds_ref, q_ref, k_ref, v_ref, *rest, causal, segmented, blocks, scale
 ):
-  """bounds 2 T/q, q q d, k S d, v S dv, segments q and S if there are some; out q dv,
+  """bounds 4 T/q, q q d, k S d, v S dv, segments q and S if there are some; out q dv,
   lse q."""
   *segments, out_ref, lse_ref = rest
   i, q, turn = pl.program_id(0), _load(q_ref, 0, blocks.q), scale * base2.LOG2E
@@ -169,8 +178,8 @@ def _forward_kernel(
       for part in powers_of_two(v_ref.shape[-1])
     ],
   )
-  how = dict(causal=causal, segmented=segmented, blocks=blocks)
-  high, total, acc = _over_keys(i, bounds_ref, body, start, **how)
+  how = dict(causal=causal, segmented=segmented, diagonal=2)
+  high, total, acc = _over(i, bounds_ref, body, start, **how)
   lse, divisor = base2.log_sum_exp(high, total, scale)
   for part, a in zip(powers_of_two(v_ref.shape[-1]), acc, strict=True):
     out_ref[:, part] = (a / divisor[:, None]).astype(out_ref.dtype)
@@ -208,8 +217,8 @@ def _dq_kernel(
     ds = p * (_product(do, _load(v_ref, at, blocks.k)) - delta[:, None])
     return [x + dot(ds.astype(k.dtype), k) for x, k in zip(dq, keys, strict=True)]
 
-  how = dict(causal=causal, segmented=segmented, blocks=blocks)
-  dq = _over_keys(i, bounds_ref, body, _zeros(q), **how)
+  how = dict(causal=causal, segmented=segmented, diagonal=2)
+  dq = _over(i, bounds_ref, body, _zeros(q), **how)
   for part, x in zip(powers_of_two(q_ref.shape[-1]), dq, strict=True):
     dq_ref[:, part] = (x * scale).astype(dq_ref.dtype)
 
@@ -228,7 +237,7 @@ def _dkv_kernel(
   blocks,
   scale,
 ):
-  """bounds 2 S/k, q T group d: all queries of the heads that this key head serves, k k
+  """bounds 4 S/k, q T group d: all queries of the heads that this key head serves, k k
   d, v k dv, do T group dv, lse (base 2) and delta group T, segments T and k if there
   are some; dk k d, dv k dv."""
   *segments, dk_ref, dv_ref = rest
@@ -251,12 +260,12 @@ def _dkv_kernel(
     dk = [x + dot(ds.T, y) for x, y in zip(dk, q, strict=True)]
     return dk, [x + dot(p.T, y) for x, y in zip(dv, do, strict=True)]
 
-  carry, how = (_zeros(keys), _zeros(values)), dict(causal=causal, segmented=segmented)
+  how = dict(causal=causal, segmented=segmented, diagonal=0)
 
   def one(head, carry):
-    of_head = functools.partial(body, head=head)
-    return _over_queries(j, bounds_ref, of_head, carry, blocks=blocks, **how)
+    return _over(j, bounds_ref, functools.partial(body, head=head), carry, **how)
 
+  carry = _zeros(keys), _zeros(values)
   carry = jax.lax.fori_loop(0, group, one, carry) if group > 1 else one(0, carry)
   for ref, parts, factor in (
     (dk_ref, carry[0], scale),
@@ -321,7 +330,7 @@ def _numbers(block, whole):
 
 
 def _spans(of):
-  return pl.BlockSpec((None, 2, of.shape[2]), lambda i, b, h: (b, 0, 0))
+  return pl.BlockSpec((None, 4, of.shape[2]), lambda i, b, h: (b, 0, 0))
 
 
 def forward(
