@@ -107,6 +107,8 @@ def _stack(config: PolicyConfig, moe: bool, length: int) -> nn.Module:
     in_axes=(nn.broadcast, 0, 0, nn.broadcast),
     length=length,
     unroll=min(config.unroll, length),
+    # Else Flax traces a layer once more, and takes a GPU kernel's effect for a fault.
+    check_constancy_invariants=False,
     metadata_params={nn.PARTITION_NAME: "layers"},
   )(config, moe)
 
