@@ -1,8 +1,12 @@
-"""CPU with eight devices, no silent rank promotion, and two processes of tests."""
+"""CPU with eight devices, no silent rank promotion, and two processes of tests.
+
+JAX_PLATFORMS=cuda runs the tests of kernels on a GPU, where they are not interpreted.
+"""
 
 import os
+import pathlib
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 
 from flax import linen as nn
 import jax
@@ -17,6 +21,8 @@ from r1jax.models import policy
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if os.environ["JAX_PLATFORMS"] != "cpu":  # matrix units round float32
+  jax.config.update("jax_default_matmul_precision", "highest")
 
 
 # A slot of the sandbox has a user of its own, whom two test processes must not share.
@@ -30,6 +36,18 @@ def pytest_collection_modifyitems(items):
     name = item.path.name.removesuffix("_test.py")
     group = "sandbox" if name in SANDBOXED else str(item.path)
     item.add_marker(pytest.mark.xdist_group(group))
+
+
+# Every compiled program takes memory maps, of which Linux gives a process 65,530; the
+# compiler crashes without. A file's programs are mostly its own.
+MAPS, MOST = pathlib.Path("/proc/self/maps"), 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def maps():
+  yield
+  if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST:
+    jax.clear_caches()
 
 
 @pytest.fixture

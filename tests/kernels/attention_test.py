@@ -185,6 +185,11 @@ CASES = {
   "GQA 128, one token": Case(1, 1, 4, 1, 128, 128, dtypes=("float32",)),
   "long": Case(1900, 1900, 1, 1, 64, 64, rows=1, dtypes=("float32",)),
   "long, packed": Case(1900, 1900, 1, 1, 64, 64, True, (LONG, LONG)),
+  "a number returns": Case(
+    *(333, 333, 2, 1, 64, 64, True),
+    (segments(333, [(1, 100), (2, 100), (1, 133)], [(1, 300)]),) * 2,
+    dtypes=("float32",),
+  ),
   "GQA 64, not causal": Case(130, 333, 4, 2, 64, 64, False),
   "MLA, not causal, packed": Case(
     *(333, 70, 2, 2, *MLA, False),
