@@ -12,12 +12,12 @@ by Ctrl-C, 1 anything else.
 
 import argparse
 import json
-import pathlib
 import sys
 
 import rich.console
 import rich.table
 
+from experiments import folders
 from r1jax import events
 from r1jax.errors import UserError
 from r1jax.goodput import OVERHEAD, Goodput
@@ -28,7 +28,8 @@ FILE = "events.jsonl"
 def main(argv: list[str]) -> None:
   options = flags().parse_args(argv)
   try:
-    runs = {name: Goodput.of(events.read(path)) for name, path in found(options.folder)}
+    found = folders.runs(options.folder, FILE, events.read)
+    runs = {name: Goodput.of(events.read(path)) for name, path in found}
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -52,28 +53,6 @@ def flags() -> argparse.ArgumentParser:
   parser.add_argument("folder", nargs="+", help="of a run")
   parser.add_argument("--json", action="store_true", help="print JSON, no table")
   return parser
-
-
-def found(folders: list[str]) -> list[tuple[str, pathlib.Path]]:
-  """(name, file of events) of every run.
-
-  Raises:
-    UserError: no such folder, or one without events.
-  """
-  files = []
-  for name in folders:
-    folder = pathlib.Path(name)
-    if not folder.is_dir():
-      raise UserError(f"there is no folder {name}. Give the --workdir of a run.")
-    here = [folder / FILE] if (folder / FILE).exists() else folder.glob(f"*/{FILE}")
-    here = [path for path in sorted(here) if events.read(path)]
-    if not here:
-      raise UserError(
-        f"{name} has no events: no whole line in {FILE}, here or in the folders in it."
-        " A run writes the first when its problems are ready; is it the folder of one?"
-      )
-    files += [(str(path.parent), path) for path in here]
-  return files
 
 
 def table(runs: dict[str, Goodput]) -> rich.table.Table:

@@ -28,6 +28,7 @@ from r1jax import (
   sft,
   sharding,
   token_report,
+  watchdog,
 )
 from r1jax.data import corpus
 from r1jax.errors import UserError
@@ -37,7 +38,7 @@ from r1jax.models import hf
 from r1jax.progress import Clock, Progress
 from r1jax.reinforcement import reinforce
 from r1jax.rewards.verdict import OUTCOMES
-from r1jax.run import Run, make_pages, open_workdir, prepare
+from r1jax.run import Run, initial, make_pages, open_workdir, prepare
 
 PROGRAMS = (
   *("next_token_step", "evaluate", "whole_step"),
@@ -50,10 +51,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
   """A whole run, or what is left of it. Returns the summary."""
   console = rich.console.Console(quiet=jax.process_index() > 0)
   settings.check(config, len(jax.devices()))
-  if not config.pretrain.steps and not config.model.folder:
+  if not (config.pretrain.steps or config.model.folder or config.init_from):
     raise UserError(
       "config.pretrain.steps=0: RL starts from a base. Name a Hugging Face checkpoint"
-      " by config.model.folder, or set pretrain.steps to train one on the task's pages."
+      " by config.model.folder or a run by config.init_from, or set pretrain.steps to"
+      " train one on the task's pages."
     )
   for sentence in settings.idle(config):
     console.print(sentence, style="yellow", highlight=False, soft_wrap=True)
@@ -85,6 +87,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
     jax.set_mesh(mesh),
     Progress(console) as progress,
     preemption.listened(progress.say),
+    watchdog.watched(clock, workdir, config.watchdog_minutes),
   ):
     with clock.phase("prepare"):
       this = prepare(config, workdir, mesh, clock, progress)
@@ -102,7 +105,12 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
 
 
 def base(this: Run) -> tuple[Any, Any]:
-  """The base's (params, router): of a checkpoint, or trained on the task's pages."""
+  """The base's (params, router): another run's last, of a published checkpoint, or
+  trained on the task's pages."""
+  if other := this.config.init_from:
+    this.progress.say(f"base: the last policy of {other}")
+    with this.clock.phase("restore"):
+      return initial(this)
   if folder := this.config.model.folder:
     this.progress.say(f"base: reading {folder}")
     with this.clock.phase("restore"):

@@ -33,6 +33,7 @@ class Clock:
     self.before = 0.0  # seconds that earlier processes of the run had taken
     self.seconds: dict[str, float] = {}
     self.compilations: Counter[str] = Counter()
+    self.turns = 0  # phases that have begun or ended
     self._open: list[_Phase] = []  # the innermost is the last
     self._path: pathlib.Path | None = None
     jax.monitoring.register_event_duration_secs_listener(self._count)
@@ -44,6 +45,14 @@ class Clock:
         self._open[-1].inner += seconds
         self.add("compile", seconds)
         self._write("compile", seconds, self._open[-1].step)
+
+  @property
+  def open(self) -> str:
+    """The phase that is under way, and what it leads up to."""
+    if not self._open:
+      return "no phase"
+    last = self._open[-1]
+    return last.name if last.step is None else f"{last.name} of update {last.step}"
 
   @property
   def elapsed(self) -> float:
@@ -97,12 +106,14 @@ class Clock:
       step = self._open[-1].step
     here = _Phase(event or name, step)
     self._open.append(here)
+    self.turns += 1
     begun = time.monotonic()
     try:
       yield
     finally:
       whole = time.monotonic() - begun
       self._open.pop()
+      self.turns += 1
       if self._open:
         self._open[-1].inner += whole
       own = max(whole - here.inner, 0.0)

@@ -11,6 +11,7 @@ import numpy as np
 
 from r1jax import (
   diagnostics,
+  doctor,
   grpo,
   lora,
   ppo,
@@ -97,6 +98,8 @@ def reinforce(
   profile = Profile(this.workdir / "profile", c.profile_steps, **how)
   pending = None  # the step whose figures are still on their way
   last = token_budget and sampled_tokens(this) >= token_budget
+  complaints: set[str] = set()  # that have been made
+  early = (doctor.LOOK + 1) * c.grpo.minibatches
   while step < c.steps and not last:
     window = settings.window_at(this.windows, step)
     following = step + c.grpo.minibatches
@@ -133,6 +136,12 @@ def reinforce(
       for phase, score in (("eval", "pass_at_1"), ("examined", "helpfulness")):
         if warning := diagnostics.hacked(rows("rl"), rows(phase), drop, score):
           this.progress.say(f"update {step}: {warning}")
+    # The figures of a rollout are read while the next one is under way.
+    if last or step % c.eval.every == 0 or step == early:
+      for complaint in doctor.examine(this.metrics.phase("rl")):
+        if complaint.name not in complaints:
+          this.progress.say(f"update {step}: {complaint.name}: {complaint.text}")
+          complaints.add(complaint.name)
     if saves:
       with this.clock.phase("save", step=step):
         host = {"stream": stream.get_state(), "clock": this.clock.state()}

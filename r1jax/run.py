@@ -9,11 +9,12 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+from flax import linen as nn
 import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from r1jax import lora, settings, sharding, train_state
+from r1jax import digest, lora, settings, sharding, train_state
 from r1jax.agreement import agree, share_folder
 from r1jax.checkpoint import Checkpoints, Restored
 from r1jax.data import corpus
@@ -25,7 +26,7 @@ from r1jax.errors import UserError
 from r1jax.host_reward import HostReward
 from r1jax.metrics import MetricsFile, write_json
 from r1jax.models import hf
-from r1jax.models.policy import Policy, cast
+from r1jax.models.policy import Policy, cast, init
 from r1jax.optimizer import make_optimizer
 from r1jax.progress import Clock, Progress
 from r1jax.prompts import PromptBatch
@@ -145,8 +146,10 @@ def prepare(
   path, folder = tokenizer_place(workdir, c), c.model.folder
   pages = [] if folder else make_pages(config, world, count=5000)
   texts = [prompt + page for prompt, page in pages]
-  if folder or path.exists():
-    source = path if path.exists() else pathlib.Path(folder)
+  if path.exists() or folder or c.init_from:
+    source = path
+    if not path.exists():
+      source = pathlib.Path(folder or tokenizer_of(pathlib.Path(c.init_from)))
     vocab = settings.policy_config(config, 0).vocab if folder else None
     tokenizer = open_tokenizer(source, vocab)
   else:
@@ -242,6 +245,38 @@ def tokenizer_place(workdir: pathlib.Path, config: ConfigDict) -> pathlib.Path:
   return workdir / ("tokenizer" if config.model.get("folder") else "tokenizer.model")
 
 
+def tokenizer_of(workdir: pathlib.Path) -> pathlib.Path:
+  """Where a run has its tokenizer. Raises UserError: there is no run."""
+  return tokenizer_place(
+    workdir, ConfigDict(_config_of(workdir), allow_dotted_keys=True)
+  )
+
+
+def initial(this: Run) -> tuple[Any, Any]:
+  """(params, router) of the last policy of the run that this one begins from.
+
+  Raises:
+    UserError: it is of other sizes; or as `load`.
+  """
+  other = pathlib.Path(this.config.init_from)
+  kept = load(other)
+  optimizer = make_optimizer(settings.optimizer_config(this.config))
+  layout = train_state.shardings(this.policy, optimizer, this.mesh, reference=False)
+  shapes = nn.unbox(jax.eval_shape(lambda: init(this.policy, jax.random.key(0))))
+  here, there = (
+    {digest.name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    for tree in (shapes, (kept.params, kept.router))
+  )
+  if here != there:
+    wrong = sorted(k for k in {*here, *there} if here.get(k) != there.get(k))
+    raise UserError(
+      f"config.init_from={str(other)!r} has another policy: {len(wrong)} arrays differ,"
+      f" as {wrong[0]} ({there.get(wrong[0])}, here {here.get(wrong[0])}). Give this"
+      " run that run's config.model."
+    )
+  return jax.device_put((kept.params, kept.router), (layout.params, layout.router))
+
+
 def rule_reward(
   config: ConfigDict, tokenizer: Tokenizer, asked: list[Problem]
 ) -> Callable[[PromptBatch, Rollout], Rewards]:
@@ -305,17 +340,12 @@ def load(workdir: pathlib.Path, *, base: bool = False, merged: bool = True) -> K
   Raises:
     UserError: no run there, or it has no checkpoint yet; or as models.hf.load.
   """
-  if not (workdir / "config.json").exists():
-    raise UserError(
-      f"{workdir} is not the folder of a run (it has no config.json). Train one: python"
-      " -m experiments.r1_zero; then name its folder with --from=FOLDER."
-    )
-  said = json.loads((workdir / "config.json").read_text())
+  said = _config_of(workdir)
   if "model_type" in said:  # Hugging Face's
     policy, params, router = hf.load(workdir)
     tokenizer = open_tokenizer(workdir, policy.config.vocab)
     return Kept(None, tokenizer, policy, params, router)
-  config = ConfigDict(said)
+  config = ConfigDict(said, allow_dotted_keys=True)  # of files that it names
   tokenizer = open_tokenizer(tokenizer_place(workdir, config))
   policy = Policy(settings.policy_config(config, tokenizer.vocab))
   adapters = settings.lora_config(config)
@@ -323,6 +353,8 @@ def load(workdir: pathlib.Path, *, base: bool = False, merged: bool = True) -> K
     params, router = _newest(workdir, "rl")
   if base and config.model.folder:
     _, params, router = hf.load(config.model.folder, **settings.computed(config))
+  elif base and config.get("init_from"):
+    params, router = load(pathlib.Path(config.init_from))[-2:]
   elif base:
     params, router = _newest(workdir, "pretrain")
   elif adapters:
@@ -330,6 +362,17 @@ def load(workdir: pathlib.Path, *, base: bool = False, merged: bool = True) -> K
     params = lora.joined(cast(policy, frozen), params, adapters.scale)
     params = jax.jit(lora.merged)(params) if merged else params
   return Kept(config, tokenizer, policy, params, router)
+
+
+def _config_of(workdir: pathlib.Path) -> dict:
+  """Of a run, or of a Hugging Face folder. Raises UserError: it is neither."""
+  path = workdir / "config.json"
+  if not path.exists():
+    raise UserError(
+      f"{workdir} is not the folder of a run (it has no config.json). Train one: python"
+      " -m experiments.r1_zero; then name its folder."
+    )
+  return json.loads(path.read_text())
 
 
 def _newest(workdir: pathlib.Path, phase: str) -> tuple[Any, Any]:

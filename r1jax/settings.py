@@ -24,7 +24,7 @@ from r1jax.rewards.verdict import OUTCOMES
 from r1jax.sft import TuningConfig
 
 # Keys that change neither the weights nor the figures of a run.
-FREE = ("seeds", "compilation_cache", "profile_steps")
+FREE = ("seeds", "compilation_cache", "profile_steps", "watchdog_minutes")
 
 
 def plain(config: ConfigDict) -> dict:
@@ -259,6 +259,7 @@ def check(config: ConfigDict, devices: int) -> None:
       (config_get(c, key) >= 0, f"{key}={config_get(c, key)} must not be negative")
       for key in (
         *("seed", "segment_tokens", "pretrain.steps", "pretrain.width"),
+        "watchdog_minutes",
         "data.prompt_length",
       )
     ),

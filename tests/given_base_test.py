@@ -60,8 +60,11 @@ def command(module, *arguments):
 @pytest.fixture(scope="module")
 def finished(checkpoint, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("runs") / "given"
+  rules = workdir.with_name("rules.py")
+  rules.write_text("def letters(text, problem):\n  return len(set(text)) / 12\n")
   said = f"--config.model.folder={checkpoint[0]}"
-  done = command("r1_zero", f"--workdir={workdir}", said, *SMALL)
+  paid = f"--config.reward.rules={rules}:letters=1"
+  done = command("r1_zero", f"--workdir={workdir}", said, paid, *SMALL)
   assert done.returncode == 0, done.stderr
   return workdir, done.stdout
 
@@ -86,7 +89,8 @@ def test_the_rewards_are_read_from_text(finished):
 
 def test_the_same_command_shows_a_run_that_has_ended(finished, checkpoint):
   said = f"--config.model.folder={checkpoint[0]}"
-  again = command("r1_zero", f"--workdir={finished[0]}", said, *SMALL)
+  paid = f"--config.reward.rules={finished[0].with_name('rules.py')}:letters=1"
+  again = command("r1_zero", f"--workdir={finished[0]}", said, paid, *SMALL)
   assert again.returncode == 0 and "This run has ended" in again.stdout
 
 

@@ -203,6 +203,7 @@ def test_the_digest_changes_with_a_value_and_not_with_what_is_free():
   ]:
     assert settings.sha256(changed(**{name: value})) != base, name
   free = [("seeds", 5), ("compilation_cache", "off"), ("profile_steps", (3, 4))]
+  free.append(("watchdog_minutes", 5.0))
   for name, value in free:
     assert settings.sha256(changed(**{name: value})) == base, name
 

@@ -118,6 +118,7 @@ def tiny() -> ConfigDict:
   c.pretrain.mix.request = 0.0  # replies to requests, of the task `assistant`
 
   # -- the policy
+  c.init_from = ""  # a run's folder, whose last policy is the base; or pre-train one
   c.model = model_options("tiny")
 
   # -- RL
@@ -200,6 +201,7 @@ def tiny() -> ConfigDict:
   c.eval.samples = 16
   c.eval.every = 20  # updates
   c.eval.temperature = placeholder(float)  # None: that of RL
+  c.watchdog_minutes = 60.0  # with no phase ended, end with code 42; 0: wait for ever
   c.checkpoint_every = 20  # updates of RL; pre-training saves at thirds
   return c
 
