@@ -10,6 +10,7 @@
   python -m experiments.bench packing               # updates of packed outputs
   python -m experiments.bench scaling               # costs as sizes grow, and FLOPs
   python -m experiments.bench import                # a checkpoint: speed and memory
+  python -m experiments.bench checkpoint            # what a save costs
   python -m experiments.bench smollm2               # GRPO and LoRA on a published model
 
 A stopped benchmark of algorithms or of smollm2 goes on where it was. Exit codes: 0
@@ -22,6 +23,7 @@ import sys
 
 from experiments.benches import (
   algorithms,
+  checkpointing,
   importing,
   kernels,
   packing,
@@ -34,6 +36,7 @@ from r1jax.errors import UserError
 
 BENCHES = {
   "algorithms": algorithms,
+  "checkpoint": checkpointing,
   "kernels": kernels,
   "rewards": rewards,
   "import": importing,

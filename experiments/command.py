@@ -1,6 +1,7 @@
 """What every entry point shares: flags, exit codes, the compilation cache, seeds."""
 
 from collections.abc import Callable
+import errno
 import json
 import os
 import pathlib
@@ -46,17 +47,43 @@ def run(main: Callable[[ConfigDict, str], None], config_file: str) -> None:
     )
     _leave(130)
   except Exception as error:
+    if room := no_room(error):
+      code, text = room
+      print(f"error: {text}", file=sys.stderr)
+      _leave(code)
     if not _several():
       raise
     traceback.print_exc()
     _leave(42 if is_transient(error) else 1)
 
 
+def no_room(error: Exception) -> tuple[int, str] | None:
+  """(exit code, sentence) of an error of a full disk or of a full device."""
+  if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    return 42, (
+      f"the disk is full ({error.filename or 'of the workdir'}). Make room; the same"
+      " command continues from the last checkpoint."
+    )
+  if _of_jax(error) and "RESOURCE_EXHAUSTED" in str(error):
+    first = " ".join(str(error).split())[:200]
+    return 2, (
+      f"a device has not the memory for this ({first}). More config.grpo.micro_batches"
+      " and config.pretrain.micro_batches, fewer config.grpo.slots, shorter"
+      " config.windows, config.model.remat=nothing or a larger mesh need less of one;"
+      " python -m experiments.plan says how much each part takes. Another --workdir, or"
+      " keys that a run may be continued with."
+    )
+  return None
+
+
+def _of_jax(error: Exception) -> bool:
+  return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+
+
 def is_transient(error: Exception) -> bool:
   """Whether it speaks of a peer that is gone, so that all have to start again."""
   words = "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|Gloo|heartbeat"
-  named = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
-  return named and re.search(words, str(error)) is not None
+  return _of_jax(error) and re.search(words, str(error)) is not None
 
 
 def _several() -> bool:
@@ -226,9 +253,17 @@ def folder_of(
   """The workdir that was given, or one under runs/ that tells configs and seeds apart.
 
   Arguments as `launch`.
+
+  Raises:
+    UserError: it is an address.
   """
   from r1jax import settings
 
+  if "://" in workdir:
+    raise UserError(
+      f"--workdir={workdir} is no folder: a run writes to a file system. Mount the"
+      " bucket (gcsfuse) and give its folder."
+    )
   preset = get_config(config.preset)
   changed = settings.differences(settings.plain(preset), settings.plain(config))
   kind = settings.sha256(config)[:8] if any("seed:" not in c for c in changed) else ""

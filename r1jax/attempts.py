@@ -13,6 +13,7 @@ import time
 import jax
 
 from r1jax.errors import NumericalError, UserError
+from r1jax.events import whole_lines
 from r1jax.metrics import MetricsFile
 
 NAME = "attempts.jsonl"
@@ -38,6 +39,7 @@ def counted(workdir: pathlib.Path) -> Iterator[None]:
       f"{MOST} attempts have ended without a new checkpoint in {workdir}; they stand at"
       f" {now or 'nothing'}. Remove {path} to try again.\n" + "\n".join(told)
     )
+  whole_lines(path)
   with path.open("a") as file:
     file.write(json.dumps({"began": time.time(), "reached": now}) + "\n")
   end = "done"

@@ -9,6 +9,7 @@ position of the problem stream, and the clock by phase.
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import pathlib
@@ -27,7 +28,9 @@ from r1jax.errors import NumericalError, TransientError, UserError
 SCHEMA = 1  # of what lies beside the state; a checkpoint of a later one is not read
 # Of an error's text: the storage's or the machine's own trouble, no damage.
 TROUBLE = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Out of memory")
+ERRNOS = {errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ETIMEDOUT}
 FULL = ("RESOURCE_EXHAUSTED", "No space left", "os_error_code='28'")
+DIGESTS = ".digests.jsonl"  # after a stage's name: the state's digest at each save
 LISTED = 20  # leaves that do not fit, in an error
 
 
@@ -97,9 +100,19 @@ class Checkpoints:
     if jax.default_backend() == "cpu":  # elsewhere the save begins with a copy
       state = jax.tree.map(jnp.copy, state)
     with self._storage(f"step {step}"):
+      self._log(step, leaves)
       self._pending = self._checkpointer.save_checkpointables_async(
         step, {"state": state, "record": record}
       )
+
+  def _log(self, step: int, leaves: dict) -> None:
+    """One line a save, by the first process: runs that are the same have the same."""
+    if self.writes and jax.process_index() == 0:
+      whole = hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()
+      line = json.dumps({"step": step, "digest": whole[:16]})
+      path = self.folder.parent / f"{self.folder.name}{DIGESTS}"
+      with path.open("a") as file:
+        file.write(line + "\n")
 
   def wait(self) -> None:
     """Until the last save is on the disk. Raises TransientError: there was no room."""
@@ -271,7 +284,8 @@ class Checkpoints:
   def _of(self, error: Exception) -> Exception:
     """What an error of Orbax means, by its first cause."""
     cause = root_cause(error)
-    if any(word in str(cause) for word in TROUBLE) or isinstance(cause, MemoryError):
+    machine = isinstance(cause, MemoryError) or getattr(cause, "errno", 0) in ERRNOS
+    if machine or any(word in str(cause) for word in TROUBLE):
       return TransientError(f"{self.folder} cannot be read now: {cause}")
     return Damaged(" ".join(str(cause).split())[:300] or type(cause).__name__)
 

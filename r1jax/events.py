@@ -53,9 +53,14 @@ def end_of(events: list[dict]) -> float:
   return max(event["time"] + event["seconds"] for event in events)
 
 
-def resume(path: pathlib.Path) -> list[dict]:
-  """The events so far; what is appended next begins a line of its own."""
+def whole_lines(path: pathlib.Path) -> None:
+  """What is appended next begins a line of its own, also after half of one."""
   if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
     with path.open("a") as file:
       file.write("\n")
+
+
+def resume(path: pathlib.Path) -> list[dict]:
+  """The events so far; what is appended next begins a line of its own."""
+  whole_lines(path)
   return read(path)

@@ -21,7 +21,6 @@ def killed(workdir):
   row = {"began": 0.0, "reached": attempts.reached(workdir)}
   with (workdir / attempts.NAME).open("a") as file:
     file.write(json.dumps(row) + '\n{"en')
-    file.write("\n")
 
 
 def test_the_fourth_attempt_is_refused_with_the_ends_of_three(tmp_path):
@@ -41,6 +40,16 @@ def test_the_fourth_attempt_is_refused_with_the_ends_of_three(tmp_path):
   ]
   (tmp_path / attempts.NAME).unlink()  # the remedy
   attempt(tmp_path)
+
+
+def test_half_a_line_of_a_killed_writer_hides_no_start(tmp_path):
+  with (tmp_path / attempts.NAME).open("a") as file:
+    file.write('{"beg')
+  for _ in range(attempts.MOST):
+    with pytest.raises(OSError):
+      attempt(tmp_path, OSError("x"))
+  with pytest.raises(NumericalError):
+    attempt(tmp_path)
 
 
 def test_a_new_checkpoint_begins_the_count_again(tmp_path):

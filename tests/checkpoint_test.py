@@ -1,6 +1,7 @@
 """A checkpoint gives TrainState and host values back, bit for bit; what is damaged is
 set aside, and the one before it is taken."""
 
+import errno
 import json
 import pathlib
 import shutil
@@ -332,3 +333,32 @@ def test_a_digest_sees_a_bit_and_an_exchange():
   got, _ = digest.of_tree(tree | {"x": x[::-1], "b": ~tree["b"]})
   assert {k for k in want if got[k] != want[k]} == {"x", "b"}
   assert not digest.of_tree({"x": x.at[0, 0].set(jnp.inf)})[1]
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    RuntimeError("UNAVAILABLE: the storage does not answer"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    PermissionError(errno.EACCES, "Permission denied"),
+  ],
+)
+def test_storage_that_cannot_be_read_now_is_no_damage(saved, parts, monkeypatch, error):
+  def fails(*_, **__):
+    raise ValueError("could not load") from error
+
+  checkpoints = Checkpoints(saved)
+  monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", fails)
+  with pytest.raises(TransientError, match="cannot be read now"):
+    checkpoints.restore(*parts[1:])
+  checkpoints.close()
+  assert not checkpoints.quarantine.exists() and checkpoints.steps() == [2, 4]
+
+
+def test_one_too_many_after_a_kill_goes_with_the_next_save(tmp_path):
+  folder = tmp_path / "few"
+  for step, keep in ((2, 5), (4, 5), (6, 5), (8, 2)):
+    checkpoints = Checkpoints(folder, keep=keep)
+    checkpoints.save(step, {"x": jnp.full((2,), step)}, {})
+    checkpoints.close()
+  assert checkpoints.steps() == [6, 8]

@@ -5,6 +5,7 @@ JAX_PLATFORMS=cuda runs the tests of kernels on a GPU, where they are not interp
 
 import os
 import pathlib
+import signal
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"
 
@@ -25,6 +26,11 @@ if os.environ["JAX_PLATFORMS"] != "cpu":  # matrix units round float32
   jax.config.update("jax_default_matmul_precision", "highest")
 
 
+# Groups of minutes begin first: the last to begin should not keep one process alone.
+LONG = (
+  *("two_processes", "loop", "chaos", "bench_rollout", "sharding", "whole_groups"),
+  *("ahead_of_time", "speculative", "bench_smollm2", "given_base", "bench_scaling"),
+)
 # A slot of the sandbox has a user of its own, whom two test processes must not share.
 SANDBOXED = ("code", "hostile", "host_reward", "sandbox", "score", "scorer", "wasi")
 
@@ -32,12 +38,16 @@ SANDBOXED = ("code", "hostile", "host_reward", "sandbox", "score", "scorer", "wa
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
   """A file's tests run in one process: they share what they compile."""
-  for item in items:
-    name = item.path.name.removesuffix("_test.py")
+  names = {item: item.path.name.removesuffix("_test.py") for item in items}
+  items.sort(key=lambda x: (*LONG, names[x]).index(names[x]))
+  for item, name in names.items():
     group = "sandbox" if name in SANDBOXED else str(item.path)
     item.add_marker(pytest.mark.xdist_group(group))
 
 
+# A shell's job in the background ignores Ctrl-C, and so would all that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 # Every compiled program takes memory maps, of which Linux gives a process 65,530; the
 # compiler crashes without. A file's programs are mostly its own.
 MAPS, MOST = pathlib.Path("/proc/self/maps"), 30_000

@@ -141,6 +141,39 @@ def test_processes_of_other_configs_and_folders_are_named_by_all(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+SHARE = """
+import pathlib, sys
+from r1jax import agreement, launch
+from r1jax.errors import UserError
+launch.start({})
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir(exist_ok=True)
+try:
+  agreement.share_folder(folder, seconds=1)
+  print("shared")
+except UserError as error:
+  print(error)
+"""
+
+
+@pytest.mark.parametrize("names", [("a", "a"), ("a", "b")])
+def test_a_folder_of_each_hosts_own_is_seen(tmp_path, names):
+  port = free_port()
+  pair = [
+    subprocess.Popen(
+      [sys.executable, "-c", SHARE, str(tmp_path / name)],
+      text=True,
+      stdout=subprocess.PIPE,
+      env=os.environ | {"JAX_NUM_CPU_DEVICES": "1", **member(i, port)},
+    )
+    for i, name in enumerate(names)
+  ]
+  for process in pair:
+    said, _ = process.communicate(timeout=120)
+    assert ("shared" in said) == (names == ("a", "a"))
+    assert "shared" in said or "process 1" in said
+
+
 @pytest.mark.parametrize(
   "module, arguments, words",
   [

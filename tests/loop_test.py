@@ -9,9 +9,12 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from r1jax import events
+from r1jax import run as kept
 from r1jax.goodput import Goodput
 
 pytestmark = pytest.mark.xdist_group("loop")  # they share runs
@@ -131,6 +134,63 @@ def test_a_profile_has_the_names_of_the_code(finished):
     assert name.encode() in traced, name
 
 
+def test_a_run_begins_from_what_another_has_learned(finished, cache, tmp_path):
+  begun = f"--config.init_from={finished[0]}"
+  done = run(tmp_path / "next", cache, begun, "--config.steps=2", "--config.seed=1")
+  assert done.returncode == 0, done.stderr
+  assert {row["phase"] for row in rows(tmp_path / "next")} == {"eval", "rl"}
+  before, after = kept.load(finished[0]), kept.load(tmp_path / "next", base=True)
+  both = jax.tree.leaves(before[-2:]), jax.tree.leaves(after[-2:])
+  for x, y in zip(*both, strict=True):
+    assert np.array_equal(x, y)
+  assert before.tokenizer.model == after.tokenizer.model
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (["--config.init_from=nowhere"], ["nowhere", "config.json"]),
+    (["--config.init_from={run}", "--config.model.width=64"], ["params/", "64)"]),
+  ],
+)
+def test_a_beginning_that_cannot_be_is_refused(finished, cache, tmp_path, flags, words):
+  done = run(tmp_path / "next", cache, *(f.format(run=finished[0]) for f in flags))
+  assert done.returncode == 2 and "Traceback" not in done.stderr
+  assert all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A folder with a file system of 24 MB to itself."""
+  place = tmp_path / "disk"
+  place.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip("needs the right to mount a file system")
+  yield place
+  subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("left", [200_000, 0])  # bytes: for figures, not for a state
+def test_a_full_disk_stops_it_and_costs_nothing(finished, cache, small_disk, left):
+  workdir, filler = small_disk / "run", small_disk / "filler"
+  first = workdir / "checkpoints" / "rl" / "4"
+  pipes = dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+  with subprocess.Popen(command(workdir, cache), **pipes) as process:
+    until(first.is_dir, process)
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
+    _, err = process.communicate(timeout=240)
+  assert process.returncode == 42 and "Traceback" not in err, err
+  assert "Make room" in err and "same command" in err
+  assert kept.load(workdir).params
+  filler.unlink()
+  again = run(workdir, cache)
+  assert again.returncode == 0, again.stderr
+  mine, other = (kept.load(path)[-2:] for path in (workdir, finished[0]))
+  both = jax.tree.leaves(mine), jax.tree.leaves(other)
+  assert all(np.array_equal(x, y) for x, y in zip(*both, strict=True))
+
+
 def test_segments_give_the_run_the_same_figures(finished, cache, tmp_path):
   done = run(tmp_path / "segments", cache, "--config.segment_tokens=16")
   assert done.returncode == 0, done.stderr
@@ -225,6 +285,8 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_step(
   assert process.returncode == code
   (saved,) = (workdir / "checkpoints" / "rl").iterdir()
   assert 4 <= int(saved.name) < 12
+  if number == signal.SIGINT:
+    return  # the same from here on
   again = run(workdir, cache)
   assert again.returncode == 0, again.stderr
   text = again.stdout.replace("\n", " ")
