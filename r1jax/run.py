@@ -265,7 +265,9 @@ def initial(this: Run) -> tuple[Any, Any]:
   shapes = nn.unbox(jax.eval_shape(lambda: init(this.policy, jax.random.key(0))))
   here, there = (
     {digest.name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-    for tree in (shapes, (kept.params, kept.router))
+    for tree in (
+      dict(zip(("params", "router"), pair, strict=True)) for pair in (shapes, kept[-2:])
+    )
   )
   if here != there:
     wrong = sorted(k for k in {*here, *there} if here.get(k) != there.get(k))

@@ -171,7 +171,10 @@ def small_disk(tmp_path):
   subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize("left", [200_000, 0])  # bytes: for figures, not for a state
+@pytest.mark.parametrize(
+  "left",  # bytes: for figures and not for a state, or for nothing
+  [pytest.param(200_000, marks=pytest.mark.slow), 0],
+)
 def test_a_full_disk_stops_it_and_costs_nothing(finished, cache, small_disk, left):
   workdir, filler = small_disk / "run", small_disk / "filler"
   first = workdir / "checkpoints" / "rl" / "4"
