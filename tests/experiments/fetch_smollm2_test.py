@@ -14,9 +14,9 @@ import pytest
 
 from experiments import fetch_smollm2
 from experiments.benches.smollm2 import TEXTS
-from r1jax import rollout, run
+from r1jax import rollout
 from r1jax.data.hf_tokenizer import open_tokenizer
-from r1jax.models import safetensors_file
+from r1jax.models import hf, safetensors_file
 from r1jax.models.sequence import Sequence
 
 gguf = pytest.importorskip("gguf")
@@ -271,18 +271,20 @@ def test_smollm2s_logits_and_likeliest_tokens_are_those_of_transformers(smollm2)
   import torch
 
   folder, model, _ = smollm2
-  kept = run.load(folder)
-  variables = {"params": kept.params, "router": kept.router}
+  policy, params, router = hf.load(folder, dtype="float32")
+  tokenizer = open_tokenizer(folder, policy.config.vocab)
+  variables = {"params": params, "router": router}
   for text in TEXTS:
-    ids = kept.tokenizer.encode(text)
+    ids = tokenizer.encode(text)
     tokens = jnp.asarray([ids])
     seq = Sequence.of_mask(jnp.ones_like(tokens, bool))
-    hidden = kept.policy.apply(variables, tokens, seq).hidden
-    got = kept.policy.apply(variables, hidden, method="logits")
+    hidden = policy.apply(variables, tokens, seq).hidden
+    got = policy.apply(variables, hidden, method="logits")
     with torch.no_grad():
       want = model(torch.tensor([ids])).logits.numpy()
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-3)
-    ((said,),) = rollout.generate(*kept[2:], kept.tokenizer, [text], temperature=0.0)
+    model_of = policy, params, router, tokenizer
+    ((said,),) = rollout.generate(*model_of, [text], max_tokens=16, temperature=0.0)
     theirs = model.generate(
       torch.tensor([ids]), max_new_tokens=len(said.tokens), do_sample=False
     )
