@@ -150,7 +150,7 @@ def test_a_run_begins_from_what_another_has_learned(finished, cache, tmp_path):
   "flags, words",
   [
     (["--config.init_from=nowhere"], ["nowhere", "config.json"]),
-    (["--config.init_from={run}", "--config.model.width=64"], ["params/", "64)"]),
+    (["--config.init_from={run}", "--config.model.width=64"], ["params/", "64"]),
   ],
 )
 def test_a_beginning_that_cannot_be_is_refused(finished, cache, tmp_path, flags, words):
