@@ -7,7 +7,8 @@
   python -m experiments.r1 --config.seeds=3            # three runs and a table
 
 The same command again continues a run that was stopped. Exit codes: 0 done, 2 a mistake
-in the command, a config or a file, 130 stopped by Ctrl-C, 1 anything else.
+in the command, a config or a file, 42 stopped by SIGTERM, 130 by Ctrl-C, 1 anything
+else.
 """
 
 import time

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from r1jax import digest
+from r1jax import digest, lock
 from r1jax.errors import NumericalError, TransientError, UserError
 
 SCHEMA = 1  # of what lies beside the state; a checkpoint of a later one is not read
@@ -83,9 +83,11 @@ class Checkpoints:
 
     Raises:
       NumericalError: a number of the state is not finite; nothing is written.
+      UserError: another run has begun in the folder.
       TransientError: no room for it, now or while the one before was written.
     """
     self.wait()
+    lock.check(self.folder)
     leaves, finite = digest.of_tree(state)
     if not finite:
       raise NumericalError(

@@ -10,7 +10,7 @@ import numpy as np
 from r1jax import preemption, sft, train_state
 from r1jax.checkpoint import Checkpoints
 from r1jax.optimizer import make_optimizer
-from r1jax.run import Run, adapters_of, compiled, put_batch, resumed
+from r1jax.run import Run, adapters_of, compiled, host_state, put_batch, resumed
 from r1jax.sft import TuningConfig
 
 
@@ -105,7 +105,7 @@ def tune(
           jax.block_until_ready(state)
       if saves:
         with this.clock.phase("save", step=i + 1):
-          checkpoints.save(i + 1, state.kept, {"clock": this.clock.state()})
+          checkpoints.save(i + 1, state.kept, host_state(this))
       if stops and i + 1 < steps:
         checkpoints.close()
         preemption.leave()

@@ -11,6 +11,7 @@ lost, so that the step does no harm; the loop raises it with `check`.
 from collections.abc import Callable, Sequence
 import concurrent.futures
 import functools
+import time
 from typing import Any
 
 import jax
@@ -23,7 +24,9 @@ from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
 from r1jax.prompts import PromptBatch
 from r1jax.rewards.in_graph import Rewards
+from r1jax.rewards.journal import Journal
 from r1jax.rewards.scorer import Scorer
+from r1jax.rewards.total import Breakdown
 from r1jax.rewards.verdict import OUTCOMES
 from r1jax.rollout import Rollout
 from r1jax.sharding import BATCH
@@ -32,9 +35,18 @@ from r1jax.sharding import BATCH
 class HostReward:
   """A reward function for the step: (PromptBatch, Rollout) -> Rewards."""
 
-  def __init__(self, scorer: Scorer, problems: Sequence[Problem], tokenizer: Tokenizer):
-    """Args: the scorer; the problems that the batches' ids count; the tokenizer."""
+  def __init__(
+    self,
+    scorer: Scorer,
+    problems: Sequence[Problem],
+    tokenizer: Tokenizer,
+    journal: Journal | None = None,
+  ):
+    """Args: the scorer; the problems that the batches' ids count; the tokenizer; what
+    has been said of rollouts that a killed run draws again."""
     self.scorer, self.problems, self.tokenizer = scorer, problems, tokenizer
+    self.journal = journal
+    self.seconds = 0.0  # that steps have waited for it, on this process
     # (problem, tokens) -> (the scores that a thread works on, which of them)
     self._ahead: dict[tuple[int, bytes], tuple[concurrent.futures.Future, int]] = {}
     self._worker = concurrent.futures.ThreadPoolExecutor(1)
@@ -71,7 +83,7 @@ class HostReward:
       (self.tokenizer.decode(tokens), self.problems[i])
       for (i, _), tokens in new.items()
     ]
-    scores = self._worker.submit(lambda: self.scorer.score(pairs))
+    scores = self._worker.submit(lambda: self._judged(pairs))
     for place, key in enumerate(new):
       self._ahead[key] = (scores, place)
 
@@ -84,10 +96,21 @@ class HostReward:
       for i, tokens, found in zip(ids, outputs, begun, strict=True)
       if found is None
     ]
-    fresh = iter(self.scorer.score(left) if left else ())
+    fresh = iter(self._judged(left))
     return [
       next(fresh) if found is None else found[0].result()[found[1]] for found in begun
     ]
+
+  def _judged(self, samples: list[tuple[str, Problem]]) -> list[Breakdown]:
+    """What the journal remembers, else what the scorer says."""
+    if self.journal is None:
+      return self.scorer.score(samples) if samples else []
+    known = [self.journal.recall(*sample) for sample in samples]
+    left = [x for x, said in zip(samples, known, strict=True) if said is None]
+    scores = self.scorer.score(left) if left else []
+    self.journal.keep(left, scores)
+    fresh = iter(scores)
+    return [next(fresh) if said is None else said for said in known]
 
   def check(self, lost: float) -> None:
     """Raises the error that a step met, a rule's UserError or Ctrl-C say, and a
@@ -116,6 +139,7 @@ class HostReward:
       pieces: their tokens, -1 where there is none, in pieces.
     """
     b, g, _ = shape
+    begun = time.monotonic()
     names = list(self.scorer.weights)
     parts = np.zeros((b * g, len(names)), np.float32)
     outcome = np.full(b * g, OUTCOMES.index("infrastructure"), np.int32)
@@ -130,6 +154,7 @@ class HostReward:
           self._why = said.detail
     except BaseException as error:  # Ctrl-C too: the callback may be on any thread
       self._error = self._error or error
+    self.seconds += time.monotonic() - begun
     return parts.reshape(b, g, -1), outcome.reshape(b, g)
 
 

@@ -141,9 +141,8 @@ def _initialize(place: Place, seconds: int) -> None:
     jax.config.update("jax_check_proxy_envs", False)
     how.update(coordinator_address=address, num_processes=place.processes)
     how.update(process_id=place.process, cluster_detection_method="deactivate")
-  # SIGTERM ends the process. The service would catch it, and wait for a loop that asks
-  # `reached_preemption_sync_point`.
-  jax.config.update("jax_enable_preemption_service", False)
+  # It catches SIGTERM, for loops that ask preemption.py; alone, Python does.
+  jax.config.update("jax_enable_preemption_service", place.processes != 1)
   failed: list[BaseException] = []
 
   def connect() -> None:

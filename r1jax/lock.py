@@ -1,4 +1,8 @@
-"""One run a folder: two would write over each other, and neither would say so."""
+"""One run a folder: two would write over each other, and neither would say so.
+
+The system keeps a second run out. Where a file system has no locks it cannot: there
+the last that began has the folder, and the others are refused their next save.
+"""
 
 from collections.abc import Iterator
 import contextlib
@@ -8,12 +12,14 @@ import json
 import os
 import pathlib
 import socket
+import uuid
 
 import jax
 
 from r1jax.errors import UserError
 
 NAME = "LOCK"
+_mine: dict[pathlib.Path, str] = {}  # folders that this process has, and what it wrote
 
 
 @contextlib.contextmanager
@@ -30,6 +36,7 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
   if jax.process_index() > 0:
     yield
     return
+  workdir = workdir.absolute()
   with (workdir / NAME).open("a+") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -39,15 +46,36 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
         f"--workdir={workdir} is in use by {_said(file.read())}. Wait for it, stop it,"
         " or choose another --workdir."
       ) from error
-    except OSError:  # a file system without locks
-      yield
-      return
+    except OSError:
+      pass  # a file system without locks
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+    text = json.dumps({**owner, "start": uuid.uuid4().hex})
     file.truncate(0)
-    file.write(json.dumps(owner))
+    file.write(text)
     file.flush()
-    yield
+    os.fsync(file.fileno())
+    _mine[workdir] = text
+    try:
+      yield
+    finally:
+      del _mine[workdir]
+
+
+def check(path: pathlib.Path) -> None:
+  """Asked before something under a held folder is written that another run would read.
+
+  Raises:
+    UserError: another run has begun there since; says which.
+  """
+  for folder in path.absolute().parents:
+    if folder in _mine:
+      now = (folder / NAME).read_text()
+      if now != _mine[folder]:
+        raise UserError(
+          f"{folder} has been taken over by {_said(now)}, on a file system without"
+          f" locks. This run ends and saves nothing more; its last checkpoint is there."
+        )
 
 
 def _said(text: str) -> str:

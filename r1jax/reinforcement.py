@@ -4,6 +4,7 @@ evaluations and checkpoints on the way. R1-Zero and every RL stage of R1 run it.
 from collections.abc import Callable, Iterator
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from r1jax import (
   diagnostics,
+  digest,
   doctor,
   grpo,
   lora,
@@ -24,12 +26,22 @@ from r1jax import (
 )
 from r1jax.checkpoint import Checkpoints
 from r1jax.data import problems
-from r1jax.errors import NumericalError
+from r1jax.errors import NumericalError, UserError
 from r1jax.evals import generate
 from r1jax.evaluator import Evaluator
 from r1jax.optimizer import make_optimizer
 from r1jax.profiling import Profile
-from r1jax.run import Run, adapters_of, compiled, put_batch, readable, resumed, take
+from r1jax.run import (
+  Run,
+  adapters_of,
+  compiled,
+  host_state,
+  put_batch,
+  readable,
+  resumed,
+  take,
+)
+from r1jax.stragglers import Stragglers
 
 
 def reinforce(
@@ -66,10 +78,13 @@ def reinforce(
   shapes = jax.eval_shape(begin, params, router)
   found = resumed(this, checkpoints, "rl", shapes.kept, shardings.kept)
   step = found.step if found else 0
+  if this.host_reward:
+    this.host_reward.journal.resume(step)
   if found:
     state = found.state
     stream.set_state(found.host["stream"])
   adapters, _ = adapters_of(this)
+  frozen = None
   if adapters or not step:
     first = compiled(this, begin, params, router, out_shardings=shardings)(
       params, router
@@ -78,6 +93,9 @@ def reinforce(
   if adapters:
     jax.tree.map(lambda x: x.delete(), params)
     params = lora.frozen(state.params)
+    frozen = digest.of_tree(params)[0]
+    if found:
+      check_base(this.workdir, found.host.get("frozen") or frozen, frozen)
   evaluated = step if step else -1
   done = {"rl": step, "eval": evaluated, "examined": evaluated}
   for file in (this.metrics, this.samples, this.traces):
@@ -100,6 +118,7 @@ def reinforce(
   last = token_budget and sampled_tokens(this) >= token_budget
   complaints: set[str] = set()  # that have been made
   early = (doctor.LOOK + 1) * c.grpo.minibatches
+  stragglers = Stragglers(this.workdir, this.progress.say)
   while step < c.steps and not last:
     window = settings.window_at(this.windows, step)
     following = step + c.grpo.minibatches
@@ -131,6 +150,7 @@ def reinforce(
     if this.host_reward:
       this.host_reward.check(float(figures["outcome_infrastructure"]))
     if last or step % c.eval.every == 0:
+      stragglers.look(step, this.host_reward.seconds if this.host_reward else 0.0)
       evaluate(state, step)
       rows, drop = this.metrics.phase, c.reward.alarm.hacking
       for phase, score in (("eval", "pass_at_1"), ("examined", "helpfulness")):
@@ -144,14 +164,35 @@ def reinforce(
           complaints.add(complaint.name)
     if saves:
       with this.clock.phase("save", step=step):
-        host = {"stream": stream.get_state(), "clock": this.clock.state()}
+        host = {**host_state(this), "stream": stream.get_state(), "frozen": frozen}
         checkpoints.save(step, state.kept, host)
+      if this.host_reward:
+        this.host_reward.journal.begin(step)
     if stops:
       break
   checkpoints.close()
   if step < c.steps and not last:
     preemption.leave()
   return state.params, state.router
+
+
+def check_base(workdir: pathlib.Path, then: dict, now: dict) -> None:
+  """Adapters mean nothing without the weights that they were learned on.
+
+  Args:
+    workdir: of the run.
+    then, now: checksums of those weights, path -> digits.
+
+  Raises:
+    UserError: they differ.
+  """
+  if then != now:
+    odd = min(k for k in {*then, *now} if then.get(k) != now.get(k))
+    raise UserError(
+      f"the base is not the one whose adapters {workdir} holds: other bits in {odd}."
+      " Put back what config.model.folder or config.init_from had, or use another"
+      " --workdir."
+    )
 
 
 def sampled_tokens(this: Run) -> int:

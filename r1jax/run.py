@@ -32,6 +32,7 @@ from r1jax.progress import Clock, Progress
 from r1jax.prompts import PromptBatch
 from r1jax.rewards import in_graph
 from r1jax.rewards.in_graph import Rewards
+from r1jax.rewards.journal import Journal
 from r1jax.rewards.rules import file_digests, load_rules
 from r1jax.rewards.scorer import Scorer
 from r1jax.rollout import Rollout
@@ -200,7 +201,8 @@ def prepare(
     )
     for note in scorer.notes:
       progress.say(f"reward: {note}")
-    host_reward = HostReward(scorer, world.train, tokenizer)
+    journal = Journal(workdir / "rewards", jax.process_index())
+    host_reward = HostReward(scorer, world.train, tokenizer, journal)
   elif needs_host:
     raise UserError(
       f"config.reward.host=False and there are problems of kind {needs_host[0]!r}:"
@@ -419,9 +421,22 @@ def resumed(
   with timed:
     found = checkpoints.restore(shapes, shardings)
   if found:
+    made = found.host.get("tokenizer")
+    if made and made != hashlib.sha256(this.tokenizer.model).hexdigest():
+      raise UserError(
+        f"{tokenizer_place(this.workdir, this.config)} is not the tokenizer that this"
+        f" run was trained with ({made[:12]}...). Put that one back, or use another"
+        " --workdir."
+      )
     this.clock.restore(found.host["clock"])
     this.progress.say(f"{phase}: continuing from update {found.step}")
   return found
+
+
+def host_state(this: Run) -> dict:
+  """What every checkpoint of the run carries, for `resumed`."""
+  made = hashlib.sha256(this.tokenizer.model).hexdigest()
+  return {"clock": this.clock.state(), "tokenizer": made}
 
 
 def compiled(this: Run, function, *args, donate: tuple[int, ...] = (), **jit) -> Any:

@@ -11,6 +11,7 @@ metrics.jsonl. Prints JSON; exit code 1 where anything differs.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -42,8 +43,8 @@ CONFIG = {
   "eval.samples": 2,
   "eval.every": 6,
   "checkpoint_every": 2,
-  "steps": 16,
 }
+STEPS = 16
 MOMENTS = ("any", "start", "save", "compile")
 WAYS = ("KILL", "TERM", "STOP")
 LONGEST = 400  # seconds that a run may take between two signals
@@ -52,7 +53,13 @@ LONGEST = 400  # seconds that a run may take between two signals
 class Run:
   """The processes of a run in a folder."""
 
-  def __init__(self, folder: pathlib.Path, processes: int = 1, broken: str = "whole"):
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    processes: int = 1,
+    broken: str = "whole",
+    steps: int = STEPS,
+  ):
     self.folder = folder
     with socket.socket() as s:
       s.bind(("127.0.0.1", 0))
@@ -60,6 +67,7 @@ class Run:
     flags = [f"--config.{key}={value}" for key, value in CONFIG.items()]
     line = [sys.executable, "-m", "tests.chaos_child", broken, f"--workdir={folder}"]
     line += [f"--config.compilation_cache={folder.parent / 'cache'}", *flags]
+    line += [f"--config.steps={steps}"]
     self.started, self.processes = time.monotonic(), []
     folder.mkdir(exist_ok=True)
     self.log = folder.with_suffix(".log").open("a")
@@ -93,26 +101,39 @@ class Run:
     return [process.returncode for process in self.processes]
 
 
-def reached(run: Run, moment: str, seconds: float) -> None:
-  """Waits for the moment."""
+def reached(run: Run, moment: str, saves: int, seconds: float) -> None:
+  """Waits for the moment: a save that is under way, or so many seconds after the
+  start, after the first event of this start or after so many saves."""
   size = lines(run.folder / "events.jsonl")
+  left = saving(run.folder)  # by those that were killed
   if moment == "save":
-    run.until(lambda: list(run.folder.glob("checkpoints/*/*.orbax-checkpoint-tmp")))
-  elif moment == "compile":
+    run.until(lambda: saving(run.folder) - left)
+    return
+  if moment == "compile":
     run.until(lambda: lines(run.folder / "events.jsonl") > size)
-  elif moment == "start":
-    run.until(lambda: False, min(seconds, 4.0))
-  else:
-    run.until(lambda: False, seconds)
+  elif moment == "any":
+    run.until(lambda: len(digests(run.folder)) >= saves)
+  run.until(lambda: False, seconds)
+
+
+def saving(folder: pathlib.Path) -> set[tuple[str, int]]:
+  """The temporary folders of saves, and when each was made."""
+  found = set()
+  for path in folder.glob("checkpoints/*/*.orbax-checkpoint-tmp"):
+    with contextlib.suppress(FileNotFoundError):
+      found.add((str(path), path.stat().st_ctime_ns))
+  return found
 
 
 def lines(path: pathlib.Path) -> int:
   return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
-def disturb(run: Run, moment: str, way: str, seconds: float, victim: int) -> str:
+def disturb(
+  run: Run, moment: str, way: str, saves: int, seconds: float, victim: int
+) -> str:
   """One signal to one process. Returns what was done."""
-  reached(run, moment, seconds)
+  reached(run, moment, saves, seconds)
   after, process = time.monotonic() - run.started, run.processes[victim]
   if process.poll() is None:
     process.send_signal(getattr(signal, f"SIG{way}"))
@@ -121,34 +142,43 @@ def disturb(run: Run, moment: str, way: str, seconds: float, victim: int) -> str
       process.send_signal(signal.SIGCONT)
       run.until(lambda: False, 1.0)
       process.kill()
-  return f"{way} of process {victim} at {after:.1f} s ({moment})"
+  return (
+    f"{way} of process {victim} at {after:.1f} s ({moment}), saves:"
+    f" {len(digests(run.folder))}"
+  )
 
 
-def whole(folder: pathlib.Path, processes: int) -> float:
+def whole(folder: pathlib.Path, processes: int, steps: int = STEPS) -> float:
   """A run that nothing disturbs; its seconds."""
-  run = Run(folder, processes)
+  run = Run(folder, processes, steps=steps)
   codes = run.end()
   assert set(codes) == {0}, f"exit codes {codes}: {folder.with_suffix('.log')}"
   return time.monotonic() - run.started
 
 
 def disturbed(
-  folder: pathlib.Path, kills: int, processes: int, seconds: float, rng: random.Random
+  folder: pathlib.Path,
+  kills: int,
+  processes: int,
+  saves: int,
+  rng: random.Random,
+  steps: int = STEPS,
 ) -> list[str]:
-  """A run under so many signals, and then to its end. Returns what was done."""
+  """A run under so many signals, spread over its saves, and then to its end. Returns
+  what was done. Raises AssertionError: it ended before all of them had come."""
   done = []
   for i in range(kills):
-    run = Run(folder, processes)
+    run = Run(folder, processes, steps=steps)
     moment = rng.choice(MOMENTS) if i else "any"
     way = rng.choice(WAYS) if i else "KILL"
     victim = rng.randrange(processes)
-    done.append(disturb(run, moment, way, rng.uniform(0, seconds), victim))
+    after = (i + rng.random()) * (saves - 2) / kills
+    done.append(disturb(run, moment, way, int(after), rng.uniform(0, 4), victim))
     codes = run.end()
     done[-1] += f", exit codes {codes}"
+    assert set(codes) != {0}, f"it ended undisturbed: {done}"
     (folder / "attempts.jsonl").unlink(missing_ok=True)  # the brake has its own tests
-    if set(codes) == {0}:
-      break
-  run = Run(folder, processes)
+  run = Run(folder, processes, steps=steps)
   codes = run.end()
   assert set(codes) == {0}, f"exit codes {codes} in the end: {folder}.log"
   return done
@@ -220,8 +250,10 @@ def main(argv: list[str]) -> int:
   options = parser.parse_args(argv)
   with tempfile.TemporaryDirectory(prefix="chaos") as place:
     folder = pathlib.Path(place)
-    seconds = whole(folder / "one", options.processes)
-    said = {"seconds": round(seconds, 1), "saves": len(digests(folder / "one"))}
+    steps = max(STEPS, 2 * options.kills)
+    seconds = whole(folder / "one", options.processes, steps)
+    saves = len(digests(folder / "one"))
+    said = {"seconds": round(seconds, 1), "saves": saves}
     if options.broken:
       said["broken"] = {
         name: broken(folder / name, name, folder / "one")[:3]
@@ -231,7 +263,7 @@ def main(argv: list[str]) -> int:
       unseen = [name for name, found in said["broken"].items() if not found]
       return int(unseen != ["whole"])
     rng = random.Random(options.seed)
-    how = options.kills, options.processes, seconds, rng
+    how = options.kills, options.processes, saves, rng, steps
     said["disturbed"] = disturbed(folder / "other", *how)
     said["differences"] = differences(folder / "one", folder / "other")
   print(json.dumps(said, indent=2))

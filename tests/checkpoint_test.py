@@ -222,6 +222,7 @@ def test_what_is_no_checkpoint_is_no_newest_one(extra, saved, parts):
   extra(saved)
   back, _ = restored(saved, parts)
   assert back.step == 4
+  assert not (saved / "6.orbax-checkpoint-tmp").exists()  # what a kill left behind
 
 
 def test_what_orbax_does_not_need_may_be_missing(saved, parts):

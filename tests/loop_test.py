@@ -257,11 +257,18 @@ def test_a_workdir_of_another_config_is_refused_and_kept(finished, cache):
 def test_a_run_that_has_ended_can_be_extended_and_keeps_what_it_was(
   finished, cache, tmp_path
 ):
+  """On another mesh, too."""
   workdir = pathlib.Path(shutil.copytree(finished[0], tmp_path / "longer"))
-  done = run(workdir, cache, "--config.steps=14", "--config.checkpoint_every=2")
+  more = ["--config.steps=14", "--config.checkpoint_every=2", "--config.mesh.fsdp=2"]
+  done = subprocess.run(
+    command(workdir, cache, *more, "--config.mesh.data=1"),
+    capture_output=True,
+    text=True,
+    env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
+  )
   assert done.returncode == 0, done.stderr
   text = done.stdout.replace("\n", " ")
-  assert "goes on with checkpoint_every: 4 -> 2; steps: 12 -> 14" in text
+  assert "checkpoint_every: 4 -> 2; mesh.fsdp: -1 -> 2; steps: 12 -> 14" in text
   assert "continuing from update 12" in text
   assert json.loads((workdir / "summary.json").read_text())["final"]["step"] == 14
   before = [r for r in rows(finished[0]) if r["phase"] == "rl"]

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import command
 from r1jax import reinforcement
-from r1jax.errors import NumericalError
+from r1jax.errors import NumericalError, UserError
 from r1jax.metrics import MetricsFile
 from r1jax.rollout import Rollout
 
@@ -50,6 +50,13 @@ def test_the_third_rollout_in_a_row_without_a_gradient_ends_the_run(tmp_path):
   assert names == ["10.npz", "2.npz", "6.npz", "8.npz"]
   with np.load(tmp_path / "bad_steps" / "6.npz") as kept:
     assert kept["tokens"].shape == (2, 3, 5) and kept["reward"] == 1.0
+
+
+def test_adapters_of_another_base_are_refused():
+  then = {"params/embedding": "00ff", "params/head": "1234"}
+  reinforcement.check_base("runs/mine", then, dict(then))
+  with pytest.raises(UserError, match=r"runs/mine.*params/head.*init_from"):
+    reinforcement.check_base("runs/mine", then, then | {"params/head": "1235"})
 
 
 def test_it_ends_the_command_with_exit_code_3(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import time
+import types
 
 import pytest
 
@@ -26,6 +27,24 @@ def test_other_problems_in_the_same_file_are_refused(tmp_path):
   file.write_text(json.dumps(LINE | {"answer": "3"}) + "\n")
   with pytest.raises(UserError, match=r"problems\.jsonl"):
     run.open_workdir(config, workdir)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_exchanged_tokenizer_is_noticed_when_a_run_goes_on(tmp_path, same):
+  """It has the same size, so that nothing else would differ."""
+  config = get_config("tiny")
+  progress = types.SimpleNamespace(say=lambda text: None)
+  this = types.SimpleNamespace(workdir=tmp_path, config=config, progress=progress)
+  this.clock, this.tokenizer = Clock(), types.SimpleNamespace(model=b"one")
+  host = run.host_state(this)
+  found = types.SimpleNamespace(step=4, state=None, host=host)
+  checkpoints = types.SimpleNamespace(steps=lambda: [4], restore=lambda *_: found)
+  this.tokenizer.model = b"one" if same else b"two"
+  if same:
+    assert run.resumed(this, checkpoints, "rl", None, None) is found
+    return
+  with pytest.raises(UserError, match=r"tokenizer\.model is not the tokenizer"):
+    run.resumed(this, checkpoints, "rl", None, None)
 
 
 def test_a_clock_that_jumps_back_decides_nothing(tmp_path, monkeypatch):

@@ -29,8 +29,34 @@ print("done")
 """
 
 
-def run(folder, seconds, minutes):
-  line = [sys.executable, "-c", SCRIPT, str(folder), str(seconds), str(minutes)]
+HANGING_RULE = """
+import pathlib, sys, time
+import jax, jax.numpy as jnp
+from r1jax import watchdog
+from r1jax.progress import Clock
+
+watchdog.SECOND = 0.05
+clock, folder = Clock(), pathlib.Path(sys.argv[1])
+
+
+def my_rule(x):
+  time.sleep(90)
+  return x
+
+
+@jax.jit
+def step(x):
+  return jax.pure_callback(my_rule, jax.ShapeDtypeStruct((), jnp.float32), x)
+
+
+with watchdog.watched(clock, folder, 1 / 30):
+  with clock.phase("rl", event="step", step=4):
+    step(jnp.float32(1.0)).block_until_ready()
+"""
+
+
+def run(folder, seconds, minutes, script=SCRIPT):
+  line = [sys.executable, "-c", script, str(folder), str(seconds), str(minutes)]
   return subprocess.run(line, capture_output=True, text=True, timeout=100)
 
 
@@ -41,6 +67,12 @@ def test_a_run_that_hangs_ends_with_42_and_leaves_its_stacks(tmp_path):
   stacks = (tmp_path / "stacks-0.txt").read_text()
   assert "step of update 4" in stacks
   assert stacks.count("in waits_for_a_peer") == 2  # of both threads
+
+
+def test_a_rule_that_hangs_inside_a_compiled_step_is_named_by_the_stacks(tmp_path):
+  done = run(tmp_path, 0, 0, HANGING_RULE)
+  assert done.returncode == 42, done.stderr
+  assert "in my_rule" in (tmp_path / "stacks-0.txt").read_text()
 
 
 @pytest.mark.parametrize("seconds, minutes", [(0.5, 1 / 60), (2, 0)])

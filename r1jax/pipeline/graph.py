@@ -25,6 +25,7 @@ import time
 import rich.table
 import rich.text
 
+from r1jax import preemption
 from r1jax.errors import UserError
 from r1jax.metrics import write_json
 from r1jax.pipeline.artefacts import contents, digest
@@ -159,6 +160,8 @@ class Graph:
       say(f"{name}: {'; '.join([*now.reasons, how])}")
       seconds = _make(stage, folder, {n: found[n].digest for n in stage.inputs})
       say(f"{name}: done in {seconds:.1f} s")
+      if preemption.asked() and name != chosen[-1]:
+        preemption.leave()
 
 
 def _status(stage: Stage, folder: pathlib.Path, found: dict[str, Status]) -> Status:

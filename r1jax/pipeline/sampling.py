@@ -8,7 +8,7 @@ import pathlib
 import jax
 import numpy as np
 
-from r1jax import rollout, sharding
+from r1jax import preemption, rollout, sharding
 from r1jax.data.problem import Problem
 from r1jax.evals import generate
 from r1jax.metrics import MetricsFile
@@ -114,6 +114,8 @@ def sample(
     }
     file.write(done[n])
     this.progress.update("sample", len(done), len(places) * rounds)
+    if preemption.asked():
+      preemption.leave()
   texts: list[list[str]] = [[] for _ in problems]
   ended: list[list[bool]] = [[] for _ in problems]
   for n in range(len(places) * rounds):

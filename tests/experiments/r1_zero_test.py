@@ -29,6 +29,8 @@ def run(*args: str, cwd=None) -> subprocess.CompletedProcess:
     ("--config=nowhere.py", ["nowhere.py"]),
     (f"--config={BAD}", ["nope", "tiny", "paper"]),
     ("--wrkdir=x", ["wrkdir"]),
+    ("--config.steps=many", ["steps", "many"]),
+    ("--config.optimizer.learning_rate=fast", ["learning_rate", "fast"]),
     ("--config.windows=(0,64)", ["windows", "((0, 64),)"]),
     ("--config.segment_tokens=-1", ["segment_tokens=-1", "negative"]),
     ("--config.model.width=0", ["width=0", "1 or more"]),
