@@ -234,3 +234,10 @@ def test_a_step_lowers_the_loss_and_moves_biases_by_the_rate(random_weights):
     losses.append(float(metrics["nll"]))
     assert metrics["grad_norm"] > 0
   assert losses == sorted(losses, reverse=True)
+  # A gradient that is not finite moves neither moments nor biases.
+  bad = state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+  after, metrics = step(bad, pages)
+  assert metrics["skipped"] == 1
+  for kept in ("router", "opt_state"):
+    pair = jax.tree.leaves(getattr(after, kept)), jax.tree.leaves(getattr(bad, kept))
+    assert all(np.array_equal(x, y) for x, y in zip(*pair, strict=True)), kept

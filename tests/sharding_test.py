@@ -173,6 +173,17 @@ def test_a_mesh_that_does_not_fit_is_refused_with_one_that_does(sizes, words):
     assert word in str(error.value)
 
 
+@pytest.mark.parametrize(
+  "sizes, weight", [({"tensor": 8}, "tensor"), ({"expert": 8}, "expert")]
+)
+def test_heads_and_experts_that_do_not_divide_are_refused(sizes, weight):
+  """Two heads, and experts of which eight would be too many parts."""
+  policy = golden.tiny_policy(experts=6)
+  mesh = sharding.make_mesh(jax.devices()[:8], **sizes)
+  with pytest.raises(UserError, match=rf"does not divide over the 8.*{weight}"):
+    train_state.shardings(policy, OPTIMIZER, mesh, reference=False)
+
+
 def test_rows_that_the_context_axis_does_not_divide_are_refused():
   mesh = sharding.make_mesh(jax.devices()[:2], context=2)
   sharding.check_length(mesh, 12, "rows")
