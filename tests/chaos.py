@@ -148,11 +148,16 @@ def disturb(
   )
 
 
+def told(folder: pathlib.Path) -> str:
+  """The last of what the processes of a run printed."""
+  return folder.with_suffix(".log").read_text()[-3000:]
+
+
 def whole(folder: pathlib.Path, processes: int, steps: int = STEPS) -> float:
   """A run that nothing disturbs; its seconds."""
   run = Run(folder, processes, steps=steps)
   codes = run.end()
-  assert set(codes) == {0}, f"exit codes {codes}: {folder.with_suffix('.log')}"
+  assert set(codes) == {0}, f"exit codes {codes}: {told(folder)}"
   return time.monotonic() - run.started
 
 
@@ -180,7 +185,7 @@ def disturbed(
     (folder / "attempts.jsonl").unlink(missing_ok=True)  # the brake has its own tests
   run = Run(folder, processes, steps=steps)
   codes = run.end()
-  assert set(codes) == {0}, f"exit codes {codes} in the end: {folder}.log"
+  assert set(codes) == {0}, f"exit codes {codes} in the end: {told(folder)}"
   return done
 
 
@@ -233,7 +238,7 @@ def broken(folder: pathlib.Path, name: str, one: pathlib.Path) -> list[str]:
   run.end()
   run = Run(folder, broken=name)
   codes = run.end()
-  assert set(codes) == {0}, f"exit codes {codes} with {name} broken: {folder}.log"
+  assert set(codes) == {0}, f"exit codes {codes}, {name} broken: {told(folder)}"
   return differences(one, folder)
 
 

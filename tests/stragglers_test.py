@@ -44,7 +44,7 @@ def test_one_alone_compares_nothing(tmp_path):
 TWO = """
 import pathlib, sys, time
 import jax, numpy as np
-from r1jax import launch
+from r1jax import launch, sharding
 from r1jax.data.problem import Problem
 from r1jax.host_reward import HostReward
 from r1jax.rewards.total import Breakdown
@@ -69,8 +69,9 @@ class Letters:
 reward = HostReward(Sleepy(), [Problem("1", ("1",))], Letters())
 stragglers = Stragglers(pathlib.Path(sys.argv[1]), print)
 reward._on_host((1, 1, 1), [0], np.array([1]))
-stragglers.look(2, reward.seconds)
-stragglers.look(4, reward.seconds)
+with jax.set_mesh(sharding.make_mesh(fsdp=-1)):
+  stragglers.look(2, reward.seconds)
+  stragglers.look(4, reward.seconds)
 """
 
 
