@@ -83,7 +83,8 @@ def _of_jax(error: Exception) -> bool:
 def is_transient(error: Exception) -> bool:
   """Whether it speaks of a peer that is gone, so that all have to start again."""
   words = "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|Gloo|heartbeat"
-  return _of_jax(error) and re.search(words, str(error)) is not None
+  found = _of_jax(error) and re.search(words, str(error))
+  return bool(found or re.search(r"Gloo \w+ failed", str(error)))  # a ValueError too
 
 
 def _several() -> bool:

@@ -182,6 +182,7 @@ def disturbed(
     codes = run.end()
     done[-1] += f", exit codes {codes}"
     assert set(codes) != {0}, f"it ended undisturbed: {done}"
+    assert not {1, 2, 3} & set(codes), f"{done}: {told(folder)}"
     (folder / "attempts.jsonl").unlink(missing_ok=True)  # the brake has its own tests
   run = Run(folder, processes, steps=steps)
   codes = run.end()
