@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-KINDS = ("answer", "text", "choice", "code")
+KINDS = ("answer", "text", "choice", "code", "instructions")
 # What judges a reply: rules, or the reward model of its set (R1, section 3.1).
 DOMAINS = ("reasoning", "helpful", "safety")
 STYLES = ("stdin", "call", "check")
@@ -31,8 +31,10 @@ class Tests:
 @dataclasses.dataclass(frozen=True)
 class Problem:
   problem: str
-  answers: tuple[str, ...]  # every accepted answer, the first one canonical
-  # One of KINDS: what it says is compared, or its text, or a letter; or it is run.
+  # Every accepted answer, the first one canonical; of instructions, one JSON list.
+  answers: tuple[str, ...]
+  # One of KINDS: what it says is compared, or its text, or a letter; or it is run; or
+  # the whole reply is held to instructions.
   kind: str = "answer"
   tests: Tests | None = None  # code alone
   language: str = ""  # that it is asked in, a code such as "en"; "": not said

@@ -27,10 +27,15 @@ from r1jax.data.rows import (
   text_of,
 )
 from r1jax.errors import UserError
+from r1jax.rewards.instructions import spec_of
 
 
 def read(
-  source: str, path: str | pathlib.Path, *, skip_malformed: bool = False
+  source: str,
+  path: str | pathlib.Path,
+  *,
+  key: str = "config.data.problems",
+  skip_malformed: bool = False,
 ) -> list[Problem]:
   """Reads a benchmark's file: .jsonl, .json (a list) or .csv (with a header), each also
   as .gz, in UTF-8. A row that stands twice is kept twice.
@@ -38,6 +43,7 @@ def read(
   Args:
     source: a name in SOURCES.
     path: the file.
+    key: what named the file.
     skip_malformed: leave malformed rows out instead of refusing the file.
 
   Raises:
@@ -53,7 +59,7 @@ def read(
     SOURCES[source],
     path,
     form=_FORMS[source],
-    key="config.data.problems",
+    key=key,
     skip_malformed=skip_malformed,
   )
 
@@ -95,9 +101,10 @@ def read_with(
       + (f" (and {bad - 1} more such lines)" if bad > 1 else "")
       + f". A line is {form}; mend it"
       + (
-        ", or leave such lines out with --config.data.skip_malformed=True." * bool(key)
+        ", or leave such lines out with --config.data.skip_malformed=True"
+        * key.startswith("config")
       )
-      + "." * (not key)
+      + "."
     )
   if not problems:
     raise UserError(f"{shown} holds no usable problem ({bad} malformed lines).")
@@ -109,14 +116,16 @@ def read_with(
 
 def _jsonl(row: dict) -> Problem:
   """Our own form: "problem" or "question", and "answer": a text, a number or a list of
-  them. "kind" is answer, choice (a letter) or code; left out, tests make it code.
+  them. "kind" is answer, text, choice (a letter), code or instructions; left out, tests
+  make it code and instructions instructions.
 
   Code has, instead of an answer, one of
     "tests": [{"input", "output"}]                      a program reads and prints
     "entry_point", "tests": [{"args": [], "expected"}]  a function is called
     "entry_point", "test", perhaps "prompt"             HumanEval's check(candidate)
+  and instructions have "instructions": [{"id": "punctuation:no_comma", "kwargs": {}}].
   """
-  kind = row.get("kind", "code" if "tests" in row or "test" in row else "answer")
+  kind = row.get("kind", _kind_of(row))
   if kind not in KINDS:
     raise ValueError(f'"kind" is {reprlib.repr(kind)}, not one of {", ".join(KINDS)}')
   text = text_of(row, "problem", "question")
@@ -124,10 +133,18 @@ def _jsonl(row: dict) -> Problem:
     return checked_problem(
       text, kind=kind, tests=check_of(row) if "test" in row else _own(row)
     )
+  if kind == "instructions":
+    return checked_problem(text, (spec_of(row.get("instructions")),), kind)
   answers = final_answers(row)
   if kind == "choice" and not all(re.fullmatch("[A-Z]", a) for a in answers):
     raise ValueError(f"a choice is a letter A to Z, not {reprlib.repr(answers)}")
   return checked_problem(text, answers, kind)
+
+
+def _kind_of(row: dict) -> str:
+  if "tests" in row or "test" in row:
+    return "code"
+  return "instructions" if "instructions" in row else "answer"
 
 
 def _own(row: dict) -> Tests:
@@ -209,6 +226,20 @@ def _humaneval(row: dict) -> Problem:
   return checked_problem(text, kind="code", tests=check_of(row))
 
 
+def _ifeval(row: dict) -> Problem:
+  """IFEval (google/IFEval; input_data.jsonl of instruction_following_eval): prompt,
+  instruction_id_list, and kwargs, an object for every id. A null is not given."""
+  text = text_of(row, "prompt")
+  ids, kwargs = row.get("instruction_id_list"), row.get("kwargs")
+  for name, value in (("instruction_id_list", ids), ("kwargs", kwargs)):
+    if not isinstance(value, list):
+      raise ValueError(f'"{name}" is {reprlib.repr(value)}, not a list')
+  if len(ids) != len(kwargs):
+    raise ValueError(f"{len(ids)} instructions have {len(kwargs)} kwargs")
+  asked = [{"id": i, "kwargs": k} for i, k in zip(ids, kwargs, strict=True)]
+  return checked_problem(text, (spec_of(asked),), "instructions")
+
+
 SOURCES: dict[str, Callable[[dict], Problem]] = {
   "jsonl": _jsonl,
   "gsm8k": _gsm8k,
@@ -217,9 +248,11 @@ SOURCES: dict[str, Callable[[dict], Problem]] = {
   "gpqa": _gpqa,
   "livecodebench": livecodebench,
   "humaneval": _humaneval,
+  "ifeval": _ifeval,
 }
 _FORMS = {
-  "jsonl": '{"problem": "...", "answer": "..."}, or code with "tests"',
+  "jsonl": '{"problem": "...", "answer": "..."}, or code with "tests", or'
+  ' "instructions"',
   "gsm8k": '{"question": "...", "answer": "... #### 72"}',
   "math500": '{"problem": "...", "answer": "..."}',
   "aime": '{"problem": "...", "answer": 25}',
@@ -227,4 +260,5 @@ _FORMS = {
   "livecodebench": "question_content, public_test_cases, private_test_cases, metadata"
   " and starter_code",
   "humaneval": '{"prompt": "...", "entry_point": "...", "test": "..."}',
+  "ifeval": '{"prompt": "...", "instruction_id_list": ["..."], "kwargs": [{}]}',
 }

@@ -119,9 +119,11 @@ def summarise(
 def ballots(
   samples: Samples, marks: Marks, *, prefill_think: bool
 ) -> tuple[list[list[str | None]], np.ndarray]:
-  """What the samples of each problem vote for, and whether it is right. Programs do not
-  vote (no two are the same text), nor do samples that could not be scored."""
-  kept = [i for i, p in enumerate(samples.problems) if p.kind != "code"]
+  """What the samples of each problem vote for, and whether it is right. Programs and
+  replies held to instructions do not vote (no two are the same text), nor do samples
+  that could not be scored."""
+  alone = ("code", "instructions")
+  kept = [i for i, p in enumerate(samples.problems) if p.kind not in alone]
   found = []
   for i in kept:
     row = []

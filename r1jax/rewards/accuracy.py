@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from r1jax.rewards import choice, reading, values
-from r1jax.rewards.extraction import extract_answer
+from r1jax.rewards import choice, instructions, reading, values
+from r1jax.rewards.extraction import extract_answer, spoken
 from r1jax.rewards.verdict import Verdict
 
 # (gold, answer) in LaTeX -> equal, different, timeout, memory or crash (maths.py)
@@ -25,16 +25,19 @@ def answered(
   prefill_think: bool = False,
   algebra: Algebra | None = None,
 ) -> Verdict:
-  """Extracts the answer and compares it.
+  """Extracts the answer and compares it, or holds the reply to its instructions.
 
   Args:
     completion: the model's text.
     accepted: the golds; one of them is enough.
     kind: `answer`, compared as the gold's type demands (values.py); `text`, the same
-      but for white space; or `choice`, a letter.
+      but for white space; `choice`, a letter; or `instructions`: what follows the
+      thinking, or the inside of the answer tags that wrap it, must follow them.
     prefill_think: the prompt already ended in `<think>`.
     algebra: asked about expressions that are not the same text; None: they differ.
   """
+  if kind == "instructions":
+    return _instructed(spoken(completion, prefill_think=prefill_think), accepted)
   answer = extract_answer(completion, prefill_think=prefill_think)
   if answer is None:
     return Verdict("unparsable", "no answer")
@@ -67,6 +70,16 @@ def answered(
   if undecided:
     return Verdict(undecided[0], f"algebra on {answer[:60]!r}")
   return Verdict("wrong", answer[:60])
+
+
+def _instructed(reply: str | None, accepted: Sequence[str]) -> Verdict:
+  if reply is None:
+    return Verdict("unparsable", "no reply")
+  reply = reply.strip()
+  if reply.startswith("<answer>") and reply.endswith("</answer>"):
+    reply = reply.removeprefix("<answer>").removesuffix("</answer>")
+  (spec,) = accepted
+  return instructions.followed(reply, spec)
 
 
 def _chosen(answer: str, accepted: Sequence[str]) -> Verdict:

@@ -5,13 +5,15 @@ from collections.abc import Callable
 import re
 
 from r1jax.data.problem import Problem, Tests
-from r1jax.rewards import choice, reading
+from r1jax.rewards import choice, instructions, reading
 
 
 def gold_error(problem: Problem) -> str:
   """What is wrong with a problem's golds or tests, or ""."""
   if problem.kind == "code":
     return tests_error(problem.tests)
+  if problem.kind == "instructions":
+    return _instructions_error(problem.answers)
   for gold in problem.answers:
     if problem.kind == "choice" and choice.letter(gold) is None:
       return f"the gold {gold[:60]!r} is not a letter"
@@ -46,6 +48,16 @@ def tests_error(tests: Tests) -> str:
       ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
       return f"its {name} is not Python ({error})"
+  return ""
+
+
+def _instructions_error(answers: tuple[str, ...]) -> str:
+  if len(answers) != 1:
+    return f"instructions are one JSON list, not {len(answers)}"
+  try:
+    instructions.read_spec(answers[0])
+  except ValueError as error:
+    return str(error)
   return ""
 
 

@@ -205,6 +205,57 @@ def test_humaneval_canonical_solutions_pass_their_check(row):
   space["check"](space[tests.entry_point])
 
 
+def test_ifeval_asks_its_prompt_and_keeps_what_is_asked_of_the_reply():
+  for problem, row in zip(
+    sources.read("ifeval", FILES["ifeval"]), rows("ifeval"), strict=True
+  ):
+    assert problem.problem == row["prompt"] and problem.kind == "instructions"
+    (spec,) = problem.answers
+    asked = json.loads(spec)
+    assert [one["id"] for one in asked] == row["instruction_id_list"]
+    for one, kwargs in zip(asked, row["kwargs"], strict=True):
+      given = {name: value for name, value in kwargs.items() if value is not None}
+      assert one["kwargs"] == given
+
+
+def test_our_own_rows_may_be_instructions():
+  asked = [{"id": "startend:end_checker", "kwargs": {"end_phrase": "Ende."}}]
+  row = {"problem": "p", "instructions": [*asked, {"id": "punctuation:no_comma"}]}
+  problem = sources.SOURCES["jsonl"](row)
+  assert problem == sources.SOURCES["jsonl"]({**row, "kind": "instructions"})
+  assert problem.problem == "p" and problem.kind == "instructions"
+  (spec,) = problem.answers
+  assert json.loads(spec) == [*asked, {"id": "punctuation:no_comma", "kwargs": {}}]
+
+
+COMMA, WORDS = "punctuation:no_comma", "length_constraints:number_words"
+BAD_INSTRUCTIONS = [
+  ({"instruction_id_list": COMMA}, f"\"instruction_id_list\" is '{COMMA}', not a list"),
+  ({"kwargs": {}}, '"kwargs" is {}, not a list'),
+  ({"kwargs": []}, "1 instructions have 0 kwargs"),
+  ({"kwargs": [{}, {}]}, "1 instructions have 2 kwargs"),
+  ({"instruction_id_list": [], "kwargs": []}, "not []"),
+  ({"instruction_id_list": ["punctuation:no_coma"]}, COMMA),
+  ({"instruction_id_list": [7]}, '"id" that is a text'),
+  ({"kwargs": [[]]}, f'"kwargs" of {COMMA} is [], not an object'),
+  ({"kwargs": [{"num_words": 7}]}, f"{COMMA} takes nothing, not 'num_words'"),
+  ({"instruction_id_list": [WORDS]}, f'{WORDS} has no "num_words"'),
+  ({"prompt": ""}, 'no text under "prompt"'),
+]
+
+
+@pytest.mark.parametrize(
+  "fields, why", BAD_INSTRUCTIONS, ids=[why for _, why in BAD_INSTRUCTIONS]
+)
+def test_ifeval_refuses_what_cannot_be_checked(tmp_path, fields, why):
+  row = {"prompt": "p", "instruction_id_list": [COMMA], "kwargs": [{}]}
+  path = write(tmp_path, "a.jsonl", json.dumps(row) + "\n" + json.dumps(row | fields))
+  with pytest.raises(UserError) as error:
+    sources.read("ifeval", path)
+  assert str(error.value).startswith(f"{path}:2: ") and why in str(error.value)
+  assert len(sources.read("ifeval", path, skip_malformed=True)) == 1
+
+
 # -- files -----------------------------------------------------------------------------
 
 
@@ -382,6 +433,7 @@ def test_the_error_says_what_a_row_of_the_source_holds(tmp_path, source):
   with pytest.raises(UserError) as error:
     sources.read(source, write(tmp_path, "a.jsonl", "{}"))
   used = {"aime": "problem", "gpqa": "Correct Answer", "humaneval": "entry_point"}
+  used["ifeval"] = "instruction_id_list"
   assert used.get(source, "answer") in str(error.value) or source == "livecodebench"
   assert ":1: no text under" in str(error.value) or source == "livecodebench"
 
@@ -427,7 +479,7 @@ def test_a_row_without_one_of_its_fields_is_malformed(source):
     *("solution", "Solution", "subject", "level", "unique_id", "ID", "id", "year"),
     *("Record ID", "Explanation", "task_id", "canonical_solution", "question_title"),
     *("platform", "question_id", "difficulty", "kind", "entry_point", "starter_code"),
-    "metadata",
+    *("metadata", "key"),
   }
   for row in rows(source):
     for field in row.keys() - unused:
@@ -464,6 +516,9 @@ BAD_CODE = [
   ({"kind": "choice", "answer": "AB"}, "a letter A to Z"),
   ({"kind": "choice", "answer": ["A", "b"]}, "a letter A to Z"),
   ({"kind": "choice", "answer": 1}, "a letter A to Z"),
+  ({"kind": "instructions", "answer": "1"}, 'a list of {"id", "kwargs"}, not None'),
+  ({"instructions": [{"kwargs": {}}]}, '"id"'),
+  ({"instructions": [{"id": "\ud800"}]}, "there is no instruction"),
 ]
 
 
