@@ -17,6 +17,14 @@ def pass_at_1(correct: np.ndarray) -> float:
 def pass_at_k(correct: np.ndarray, k: int) -> float:
   """1 - C(n - c, k) / C(n, k), averaged over problems (arXiv 2107.03374, Eq. 1).
 
+  Args and errors: as `pass_at_k_of_each`.
+  """
+  return float(np.mean(pass_at_k_of_each(correct, k)))
+
+
+def pass_at_k_of_each(correct: np.ndarray, k: int) -> np.ndarray:
+  """[problems], of each problem.
+
   Args:
     correct: [problems, n] bool, n samples each.
     k: at most n.
@@ -27,32 +35,41 @@ def pass_at_k(correct: np.ndarray, k: int) -> float:
   n = correct.shape[1]
   if not 1 <= k <= n:
     raise ValueError(f"pass@{k} needs {k} samples a problem and there are {n}.")
-  miss = [math.comb(n - int(c), k) / math.comb(n, k) for c in correct.sum(axis=1)]
-  return float(1.0 - np.mean(miss))
+  return np.array(
+    [1.0 - math.comb(n - int(c), k) / math.comb(n, k) for c in correct.sum(axis=1)]
+  )
 
 
 def cons_at_n(answers: Sequence[Sequence[str | None]], correct: np.ndarray) -> float:
-  """Share of problems whose majority answer is right.
-
-  Answers that are equal as numbers vote together (`1/2` with `0.5`), and are right if
-  one of them was found right. A missing answer (None) has no vote. Tied answers share
-  the problem: a right one among two pays 1/2. Without a problem it is NaN.
+  """Share of problems whose majority answer is right; without a problem NaN.
 
   Args:
     answers: [problems][n] extracted answers.
     correct: [problems, n] bool, the verdict on each.
   """
-  shares = []
-  for said, right in zip(answers, correct, strict=True):
-    votes, verdict = defaultdict(int), defaultdict(bool)
-    for answer, ok in zip(said, right, strict=True):
-      if answer is not None:
-        votes[equivalence_class(answer)] += 1
-        verdict[equivalence_class(answer)] |= bool(ok)
-    most = max(votes.values(), default=0)
-    best = [verdict[a] for a, n in votes.items() if n == most]
-    shares.append(np.mean(best) if best else 0.0)
+  shares = [consensus(*pair) for pair in zip(answers, correct, strict=True)]
   return float(np.mean(shares)) if shares else math.nan
+
+
+def consensus(answers: Sequence[str | None], correct: np.ndarray) -> float:
+  """What the majority of a problem's answers is worth.
+
+  Answers that are equal as numbers vote together (`1/2` with `0.5`), and are right if
+  one of them was found right. A missing answer (None) has no vote. Tied answers share
+  the problem: a right one among two pays 1/2.
+
+  Args:
+    answers: [n] extracted answers.
+    correct: [n] bool, the verdict on each.
+  """
+  votes, verdict = defaultdict(int), defaultdict(bool)
+  for answer, ok in zip(answers, correct, strict=True):
+    if answer is not None:
+      votes[equivalence_class(answer)] += 1
+      verdict[equivalence_class(answer)] |= bool(ok)
+  most = max(votes.values(), default=0)
+  best = [verdict[a] for a, n in votes.items() if n == most]
+  return float(np.mean(best)) if best else 0.0
 
 
 def equivalence_class(answer: str) -> str:
