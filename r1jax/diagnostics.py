@@ -23,14 +23,21 @@ class Trace:
   advantages: jax.Array  # M T float32
   clipped: jax.Array  # M T int8: 0 not, 1 low, 2 high, 3 cap
   place: jax.Array  # M int32, b * G + g
+  reference_logprobs: jax.Array  # M T float32; 0 where there is no reference
+  prompts: jax.Array  # M P int32
+  prompt_mask: jax.Array  # M P bool
+  reward: jax.Array  # M float32, the total
+  parts: dict[str, jax.Array]  # M float32 each, without their weights
+  outcome: jax.Array | None  # M int32, a place in OUTCOMES
 
 
-def trace(rows: Rows, per_token: dict, count: int) -> Trace:
+def trace(rows: Rows, per_token: dict, slots: Slots, count: int) -> Trace:
   """The first `count` outputs of the rollout, out of the shuffled minibatches.
 
   Args:
     rows: with leading axes [K, M].
     per_token: `logprobs`, `ratio` and `clipped` [K, M, T], from the updates.
+    slots: what the rows are of.
     count: outputs to keep.
   """
   order = jnp.argsort(rows.place.reshape(-1))[:count]
@@ -38,6 +45,12 @@ def trace(rows: Rows, per_token: dict, count: int) -> Trace:
   def pick(x):
     return x.reshape(-1, *x.shape[2:])[order]
 
+  place = pick(rows.place)
+
+  def of_output(x):  # B G
+    return x.reshape(-1)[place]
+
+  rewards = slots.rewards
   return Trace(
     tokens=pick(rows.completions),
     mask=pick(rows.mask),
@@ -46,7 +59,13 @@ def trace(rows: Rows, per_token: dict, count: int) -> Trace:
     ratio=pick(per_token["ratio"]),
     advantages=pick(rows.advantages),
     clipped=pick(per_token["clipped"]),
-    place=pick(rows.place),
+    place=place,
+    reference_logprobs=pick(rows.reference_logprobs),
+    prompts=pick(rows.prompts),
+    prompt_mask=pick(rows.prompt_mask),
+    reward=of_output(rewards.total),
+    parts={name: of_output(x) for name, x in rewards.parts.items()},
+    outcome=None if rewards.outcome is None else of_output(rewards.outcome),
   )
 
 

@@ -265,6 +265,6 @@ def whole_step(
     return state, (figures, per_token)
 
   state, (per_update, per_token) = jax.lax.scan(one, state, rows)
-  traced = diagnostics.trace(rows, per_token, c.traced_groups * c.group_size)
+  traced = diagnostics.trace(rows, per_token, slots, c.traced_groups * c.group_size)
   metrics = {**metrics, **diagnostics.over_updates(per_update)}
   return state, slots.rollout.spoken(), metrics, traced

@@ -5,6 +5,8 @@ import json
 import math
 import pathlib
 
+from r1jax.sinks import Sinks
+
 
 class MetricsFile:
   """Rows of {"phase", "step", ...}, in the order they happened.
@@ -13,10 +15,12 @@ class MetricsFile:
   file on its way over a network must not decide what they do next.
   """
 
-  def __init__(self, path: pathlib.Path, *, writes: bool = True):
+  def __init__(
+    self, path: pathlib.Path, *, writes: bool = True, sinks: Sinks | None = None
+  ):
     """Args: writes: whether this process does; the others have to open the file before
-    it changes."""
-    self.path = path
+    it changes. sinks: get every row that this process writes."""
+    self.path, self.sinks = path, sinks or Sinks()
     self._memory = None if writes else self.rows_of(path)
 
   def write(self, row: dict) -> None:
@@ -29,6 +33,7 @@ class MetricsFile:
       return
     with self.path.open("a") as file:
       file.write(json.dumps(clean) + "\n")
+    self.sinks.write(clean)
 
   def rows(self) -> list[dict]:
     """Every whole line; a half line that a killed run left is passed over."""
@@ -62,6 +67,7 @@ class MetricsFile:
       self._memory = kept
       return
     _replace(self.path, (json.dumps(r) for r in kept))
+    self.sinks.roll_back(last_steps)
 
 
 def write_json(path: pathlib.Path, value: dict) -> None:

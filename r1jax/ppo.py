@@ -339,6 +339,7 @@ def whole_step(
     return PPOState(actor, critic), ({**figures, **more}, per_token)
 
   state, (per_update, per_token) = jax.lax.scan(one, state, batches)
-  traced = diagnostics.trace(batches.rows, per_token, c.traced_groups * c.group_size)
+  count = c.traced_groups * c.group_size
+  traced = diagnostics.trace(batches.rows, per_token, slots, count)
   metrics = {**metrics, **diagnostics.over_updates(per_update)}
   return state, slots.rollout.spoken(), metrics, traced

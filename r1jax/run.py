@@ -36,6 +36,7 @@ from r1jax.rewards.journal import Journal
 from r1jax.rewards.rules import file_digests, load_rules
 from r1jax.rewards.scorer import Scorer
 from r1jax.rollout import Rollout
+from r1jax.sinks import Sinks
 from r1jax.stopping import StopStrings
 
 
@@ -77,9 +78,10 @@ class Run:
     return StopStrings.of(self.config.data.stop, self.tokenizer)
 
   def close(self) -> None:
-    """Ends the reward's workers."""
+    """Ends the reward's workers and the sinks."""
     if self.host_reward:
       self.host_reward.scorer.close()
+    self.metrics.sinks.close()
 
 
 def make_folder(workdir: pathlib.Path) -> None:
@@ -213,8 +215,9 @@ def prepare(
   agree({"files": identity(config), "tokenizer": made})
   # Only now is the folder claimed: a mistake found above leaves nothing behind.
   first = jax.process_index() == 0
+  sinks = {"metrics": Sinks(c.sinks, workdir, progress.say)}
   files = {
-    name: MetricsFile(workdir / f"{name}.jsonl", writes=first)
+    name: MetricsFile(workdir / f"{name}.jsonl", writes=first, sinks=sinks.get(name))
     for name in ("metrics", "samples", "tokens")
   }
   if first:
@@ -366,6 +369,20 @@ def load(workdir: pathlib.Path, *, base: bool = False, merged: bool = True) -> K
     params = lora.joined(cast(policy, frozen), params, adapters.scale)
     params = jax.jit(lora.merged)(params) if merged else params
   return Kept(config, tokenizer, policy, params, router)
+
+
+def window_of(kept: Kept) -> int:
+  """Output tokens of a run's longest window, which may be fitted to its pages."""
+  c = kept.config
+  texts = []
+  if not c.model.folder:
+    task = worlds.make_task(c.task, c)
+    world = worlds.make_world(
+      task, counts=c.counts.to_dict(), given=c.data, seed=c.seed
+    )
+    texts = [page for _, page in make_pages(c, world, count=5000)]
+  longest = max(map(len, kept.tokenizer.encode_batch(texts)), default=0)
+  return max(tokens for _, tokens in settings.windows(c, 1 + longest))
 
 
 def _config_of(workdir: pathlib.Path) -> dict:

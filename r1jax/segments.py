@@ -75,7 +75,7 @@ class Segments:
       updates.append(figures)
     per_update, per_token = jax.tree.map(lambda *x: jnp.stack(x), *updates)
     metrics = {**metrics, **diagnostics.over_updates(per_update)}
-    return state, slots.rollout.spoken(), metrics, self.trace(rows, per_token)
+    return state, slots.rollout.spoken(), metrics, self.trace(rows, per_token, slots)
 
   def _collect(self, state: TrainState, pool: PromptBatch, key: jax.Array) -> Any:
     """As `dynamic_sampling.collect`."""
@@ -171,8 +171,8 @@ def make_segments(
     rewards = jax.named_scope("reward")(reward_fn)(prompts, rollout)
     return dynamic_sampling.all_of(prompts, rollout, rewards)
 
-  def trace(rows, per_token):
-    return diagnostics.trace(rows, per_token, c.traced_groups * c.group_size)
+  def trace(rows, per_token, slots):
+    return diagnostics.trace(rows, per_token, slots, c.traced_groups * c.group_size)
 
   experience = functools.partial(grpo.experience, policy=policy, config=config)
   update = functools.partial(grpo.update, policy=policy, optimizer=optimizer, config=c)

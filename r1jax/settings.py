@@ -7,7 +7,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from r1jax import lora, presets, prompts, sharding
+from r1jax import lora, presets, prompts, sharding, sinks
 from r1jax.errors import UserError
 from r1jax.grpo import GRPOConfig
 from r1jax.lora import LoraConfig
@@ -24,7 +24,7 @@ from r1jax.rewards.verdict import OUTCOMES
 from r1jax.sft import TuningConfig
 
 # Keys that change neither the weights nor the figures of a run.
-FREE = ("seeds", "compilation_cache", "profile_steps", "watchdog_minutes")
+FREE = ("seeds", "compilation_cache", "profile_steps", "watchdog_minutes", "sinks")
 
 
 def plain(config: ConfigDict) -> dict:
@@ -242,6 +242,7 @@ def check(config: ConfigDict, devices: int) -> None:
   o, sizes = objective(c), policy_config(c, vocab=512)
   learning_rate(optimizer_config(c))
   scorer_config(c)
+  sinks.check(c.sinks)
   mesh = sharding.check_mesh(c.mesh, devices)
   shards = math.prod(mesh[axis] for axis in sharding.BATCH)
   rows, parts = c.prompts * g.group_size, g.minibatches * g.micro_batches

@@ -1,6 +1,7 @@
 """What is shown of a step: single tokens as the update saw them, percentiles, extremes,
 and the page of tokens."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -78,9 +79,8 @@ def traced():
     _, (_, per_token) = policy_loss(logprobs, rows, o, totals, window=6)
     return logprobs, per_token["clipped"]
 
-  rows, _ = jax.jit(experience)(
-    state, all_of(prompts, rollout, rewards), jax.random.key(7)
-  )
+  slots = all_of(prompts, rollout, rewards)
+  rows, _ = jax.jit(experience)(state, slots, jax.random.key(7))
   update, per_token, want = jax.jit(update), [], {}
   for i in range(K):
     part = jax.tree.map(lambda x, i=i: x[i], rows)
@@ -91,19 +91,30 @@ def traced():
       row = jax.tree.map(lambda x, j=j: np.asarray(x[j]), part)
       want[place] = row, np.asarray(logprobs[j]), np.asarray(clipped[j])
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *per_token)
-  trace = diagnostics.trace(rows, stacked, TRACED * G)
-  return jax.tree.map(np.asarray, trace), want, rollout
+  trace = diagnostics.trace(rows, stacked, slots, TRACED * G)
+  return jax.tree.map(np.asarray, trace), want, slots
 
 
 def test_a_trace_holds_the_first_groups_in_their_order(traced):
-  trace, _, rollout = traced
+  trace, _, slots = traced
   assert np.array_equal(trace.place, np.arange(TRACED * G))
   first = jax.tree.map(
-    lambda x: np.asarray(x)[:TRACED].reshape(TRACED * G, *x.shape[2:]), rollout
+    lambda x: np.asarray(x)[:TRACED].reshape(TRACED * G, *x.shape[2:]), slots.rollout
   )
   assert np.array_equal(trace.tokens, first.tokens)
   assert np.array_equal(trace.mask, first.mask)
   assert np.array_equal(trace.old_logprobs, first.logprobs)
+  asked = np.repeat(np.asarray(slots.prompts.tokens)[:TRACED], G, axis=0)
+  assert np.array_equal(trace.prompts, asked)
+
+
+def test_a_trace_has_what_each_output_was_rewarded_for(traced):
+  trace, _, slots = traced
+  rewards = slots.rewards
+  assert np.array_equal(trace.reward, np.ravel(rewards.total[:TRACED]))
+  assert set(trace.parts) == set(rewards.parts) and trace.parts
+  for name, part in rewards.parts.items():
+    assert np.array_equal(trace.parts[name], np.ravel(part[:TRACED]))
 
 
 def test_a_trace_says_what_the_loss_said(traced):
@@ -148,8 +159,8 @@ def test_no_traced_group_is_an_empty_trace():
   )
   rows = jax.tree.map(lambda x: x[None], rows_of(slots.prompts, slots.rollout))
   zeros = {name: jnp.zeros((1, 2, 3)) for name in ("logprobs", "ratio", "clipped")}
-  assert diagnostics.trace(rows, zeros, 0).tokens.shape == (0, 3)
-  everything = diagnostics.trace(rows, zeros, 100)  # more than there is
+  assert diagnostics.trace(rows, zeros, slots, 0).tokens.shape == (0, 3)
+  everything = diagnostics.trace(rows, zeros, slots, 100)  # more than there is
   assert np.array_equal(everything.place, [0, 1])
 
 
@@ -308,6 +319,12 @@ def trace(tokenizer):
     advantages=np.float32(rng.normal(size=(4, 1)) * np.ones(mask.shape)),
     clipped=clipped.astype(np.int8),
     place=np.arange(4, dtype=np.int32) + 2,  # groups 1 and 2
+    reference_logprobs=np.float32(old + 0.2),
+    prompts=np.array([[0, *tokenizer.encode("7")[-1:]]] * 4),
+    prompt_mask=np.array([[False, True]] * 4),
+    reward=np.float32([0.5, 1.0, 2.0, 0.0]),
+    parts={"accuracy": np.float32([0, 1, 1, 0])},
+    outcome=np.int32([1, 0, 0, 2]),
   )
 
 
@@ -333,6 +350,24 @@ def test_rows_hold_every_token_of_the_loss_with_its_numbers(rows, trace):
     ]:
       np.testing.assert_allclose(row[name], want[mask], atol=6e-5)
     assert row["clipped"] == [sides[c] for c in trace.clipped[i][mask]]
+
+
+def test_rows_say_what_was_asked_and_what_was_paid(rows):
+  assert [row["reward"] for row in rows] == [0.5, 1.0, 2.0, 0.0]
+  assert [row["parts"]["accuracy"] for row in rows] == [0, 1, 1, 0]
+  outcomes = ["wrong", "correct", "correct", "unparsable"]
+  assert [row["outcome"] for row in rows] == outcomes
+  assert {row["problem"].strip() for row in rows} == {"7"}
+
+
+def test_kl_is_the_third_estimator_of_each_token(rows, trace, tokenizer):
+  for row, mask, logprobs, reference in zip(
+    rows, trace.mask, trace.logprobs, trace.reference_logprobs, strict=True
+  ):
+    gap = np.float64(reference - logprobs)[mask]
+    np.testing.assert_allclose(row.get("kl", []), np.expm1(gap) - gap, atol=1e-4)
+  alone = dataclasses.replace(trace, reference_logprobs=0 * trace.logprobs)
+  assert "kl" not in next(token_report.rows(alone, tokenizer, group_size=2))
 
 
 def test_rows_come_back_through_json_and_their_texts_join(rows):

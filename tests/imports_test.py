@@ -10,7 +10,7 @@ RANKS = [
   names.split()
   for names in (
     "r1jax.errors r1jax.events r1jax.digest",
-    "r1jax.xla_flags r1jax.lock r1jax.preemption",
+    "r1jax.xla_flags r1jax.lock r1jax.preemption r1jax.sinks",
     "r1jax.kernels r1jax.sharding r1jax.data.tokenizer r1jax.data.problem"
     " r1jax.data.chat_template",
     "r1jax.implementation r1jax.ops_checks r1jax.ahead_of_time r1jax.support"
@@ -31,11 +31,11 @@ RANKS = [
     "r1jax.distillation",
     "r1jax.data r1jax.settings r1jax.checkpoint r1jax.metrics r1jax.report"
     " r1jax.progress r1jax.token_report r1jax.goodput r1jax.profiling r1jax.doctor",
-    "r1jax.agreement r1jax.attempts r1jax.watchdog",
+    "r1jax.agreement r1jax.attempts r1jax.watchdog r1jax.html_report",
     "r1jax.stragglers",
     "r1jax.evals r1jax.run r1jax.launch",
-    "r1jax.evaluator r1jax.plan",
-    "r1jax.plan_search",
+    "r1jax.evaluator r1jax.plan r1jax.evals.answers",
+    "r1jax.plan_search r1jax.evals.evaluation",
     "r1jax.fine_tuning r1jax.reinforcement",
     "r1jax.loop",
     "r1jax.pipeline",

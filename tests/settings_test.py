@@ -78,6 +78,7 @@ def test_windows_out_of_order_are_refused(windows):
 REFUSED = [
   # (changes, devices, what the message must hold: key and value, then the remedy)
   (dict(steps=0), 1, ["steps=0", "at least 1"]),
+  (dict(sinks=("tensorbord",)), 1, ["tensorbord", "tensorboard, wandb, trackio"]),
   (dict(steps=121), 1, ["steps=121", "minibatches=2", "try 122"]),
   (dict(mesh__fsdp=3), 8, ["fsdp=3", "8 devices", "fsdp=-1"]),
   (dict(prompts=6), 4, ["prompts=6", "4 data shards", "try 8"]),
@@ -203,7 +204,7 @@ def test_the_digest_changes_with_a_value_and_not_with_what_is_free():
   ]:
     assert settings.sha256(changed(**{name: value})) != base, name
   free = [("seeds", 5), ("compilation_cache", "off"), ("profile_steps", (3, 4))]
-  free.append(("watchdog_minutes", 5.0))
+  free += [("watchdog_minutes", 5.0), ("sinks", ("tensorboard",))]
   for name, value in free:
     assert settings.sha256(changed(**{name: value})) == base, name
 

@@ -27,6 +27,7 @@ from r1jax.optimizer import OptimizerConfig, make_optimizer
 from r1jax.progress import Clock, Progress
 from r1jax.prompts import PromptBatch
 from r1jax.run import Run, make_pages, rule_reward
+from r1jax.sinks import Sinks
 
 Weights = tuple[Any, Any]  # (params, router)
 
@@ -149,14 +150,17 @@ class Project:
     c = with_changes(self.config, {**changes, **({"model": model} if model else {})})
     kept = self.world.held_out[: c.eval.problems]
     reward = parts.pop("reward", None) or rule_reward(c, self.tokenizer, list(asked))
-    with Progress(self.console) as progress:
+    with (
+      Progress(self.console) as progress,
+      contextlib.closing(Sinks(c.sinks, folder, progress.say)) as sinks,
+    ):
       yield Run(
         config=c,
         workdir=folder,
         mesh=self.mesh,
         clock=self.clock(folder),
         progress=progress,
-        metrics=MetricsFile(folder / "metrics.jsonl"),
+        metrics=MetricsFile(folder / "metrics.jsonl", sinks=sinks),
         samples=MetricsFile(folder / "samples.jsonl"),
         traces=MetricsFile(folder / "tokens.jsonl"),
         world=self.world,
