@@ -2,7 +2,7 @@
 
 All that a run does lies in its workdir: config.json, tokenizer.model, metrics.jsonl,
 samples.jsonl, tokens.jsonl, events.jsonl, checkpoints/, summary.json, curves.png,
-tokens.html, profile/ if asked for. The same command again resumes a run, and shows the
+report.html, profile/ if asked for. The same command again resumes a run, and shows the
 result of one that has ended.
 """
 
@@ -21,13 +21,13 @@ import rich.console
 from r1jax import (
   attempts,
   fine_tuning,
+  html_report,
   lock,
   preemption,
   report,
   settings,
   sft,
   sharding,
-  token_report,
   watchdog,
 )
 from r1jax.data import corpus
@@ -135,7 +135,7 @@ def pretrain(this: Run) -> tuple[Any, Any]:
 
 
 def conclude(this: Run) -> dict:
-  """summary.json, curves.png and tokens.html, by the first process."""
+  """summary.json, curves.png and report.html, by the first process."""
   c, clock = this.config, this.clock
   evals, train = this.metrics.phase("eval"), this.metrics.phase("rl")
   half = min(evals, key=lambda row: abs(row["step"] - c.steps / 2))
@@ -169,10 +169,9 @@ def conclude(this: Run) -> dict:
   what = pathlib.Path(c.model.folder).name if c.model.folder else "in miniature"
   title = f"{name} {what}: {c.task}, {c.objective.preset}, seed {c.seed}"
   report.curves(this.workdir / "curves.png", train, evals, title)
-  if c.grpo.traced_groups:
-    page = token_report.page(this.traces.rows(), title)
-    (this.workdir / "tokens.html").write_text(page, encoding="utf-8")
   write_json(this.workdir / "summary.json", summary)
+  page = html_report.page(this.workdir)
+  (this.workdir / "report.html").write_text(page, encoding="utf-8")
   return summary
 
 

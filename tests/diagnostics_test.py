@@ -4,7 +4,6 @@ and the page of tokens."""
 import dataclasses
 import functools
 import json
-import re
 
 import grpo_golden as golden
 import jax
@@ -382,36 +381,3 @@ def test_rows_are_written_with_four_decimals(rows):
   for row in rows:
     for name in ("logprob", "ratio", "advantage"):
       assert all(len(str(x).partition(".")[2]) <= 4 for x in row[name])
-
-
-def page_of(rows, title="run"):
-  return token_report.page(
-    [{"step": step, **row} for step in (8, 16) for row in rows], title
-  )
-
-
-def test_the_page_escapes_what_the_policy_says(rows):
-  page = page_of(rows, title="a <b> & 'c'")
-  assert "<script" not in page and "</script" not in page
-  assert "<think>" not in page
-  for escaped in ("&lt;script&gt;", "&lt;/script&gt;", "&amp;", "&#x27;", "&quot;"):
-    assert escaped in page
-  assert "<title>a &lt;b&gt; &amp; &#x27;c&#x27;</title>" in page
-
-
-def test_the_page_lists_every_output_and_every_token(rows):
-  page = page_of(rows)
-  assert len(re.findall(r"<div class='row'>", page)) == 2 * len(rows)
-  assert re.findall(r"<h2>(.*?)</h2>", page) == [
-    f"update {step}, group {group}" for step in (8, 16) for group in (1, 2)
-  ]
-  assert len(re.findall("<span ", page)) == 2 * sum(len(r["tokens"]) for r in rows)
-  assert page.count("no loss") == 2
-  for side in ("low", "high", "cap"):
-    count = 2 * sum(r["clipped"].count(side) for r in rows)
-    assert len(re.findall(f"class='{side}'", page)) == count
-    assert page.count(f"clipped: {side}") == count
-
-
-def test_a_page_of_nothing_is_a_page():
-  assert token_report.page([], "run").startswith("<!doctype html>")

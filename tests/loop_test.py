@@ -97,6 +97,8 @@ def test_a_run_leaves_its_summary_curves_and_groups(finished):
   assert {"compile", "pretrain", "rl", "evaluate", "total"} <= set(summary["seconds"])
   assert summary["seed"] == 0 and len(summary["config_sha256"]) == 64
   assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
+  report = (workdir / "report.html").read_text()
+  assert len(report) < 5_000_000 and "Content-Security-Policy" in report
   assert "Before RL" in printed and "After RL" in printed and "pass@1" in printed
 
 

@@ -1,0 +1,76 @@
+"""A run as one HTML page, to open in a browser and to send to somebody.
+
+  python -m experiments.report runs/r1_zero-tiny-seed0
+  python -m experiments.report runs/r1-tiny-seed0       # a page for each of its stages
+
+Writes report.html into the folder, whether the run goes on or has ended; where the
+folder holds runs (the stages of R1, the seeds of a sweep), into each of theirs. The
+page needs no server and no network. Exit codes: 0 done, 2 a mistake in the command or a
+folder, 130 stopped by Ctrl-C, 1 anything else.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from experiments import folders
+from experiments.configs.r1_zero import get_config
+from r1jax import html_report, settings
+from r1jax.errors import UserError
+from r1jax.metrics import MetricsFile
+
+FILE = "metrics.jsonl"
+
+
+def main(argv: list[str]) -> None:
+  options = flags().parse_args(argv)
+  try:
+    write(options.folder, options.out)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    print("stopped", file=sys.stderr)
+    sys.exit(130)
+
+
+def write(folder: str, out: str | None) -> None:
+  """Writes the pages and prints where they are and their sizes.
+
+  Args:
+    folder: of a run or of runs.
+    out: the file for the page of a single run.
+
+  Raises:
+    UserError: no run there, several for one file, or a file that cannot be written.
+  """
+  found = folders.runs([folder], FILE, MetricsFile.rows_of)
+  if out and len(found) > 1:
+    raise UserError(
+      f"{folder} has {len(found)} runs and --out is one file. Leave it out: each run's"
+      " page goes into its own folder."
+    )
+  usual = settings.plain(get_config("tiny"))
+  for _, path in found:
+    page = html_report.page(path.parent, usual)
+    target = pathlib.Path(out) if out else path.parent / "report.html"
+    try:
+      target.write_text(page, encoding="utf-8")
+    except OSError as error:
+      raise UserError(f"{target} cannot be written: {error.strerror}.") from error
+    print(f"{target}  {target.stat().st_size / 1e6:.2f} MB")
+
+
+def flags() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m experiments.report",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("folder", help="of a run")
+  parser.add_argument("--out", metavar="FILE", help="instead of FOLDER/report.html")
+  return parser
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])

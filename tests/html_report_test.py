@@ -1,0 +1,412 @@
+"""report.html: hostile text stays data, the size has a bound, files may be missing."""
+
+import base64
+import hashlib
+from html.parser import HTMLParser
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from experiments import report as command
+from r1jax import html_report
+from r1jax.errors import UserError
+from r1jax.html_report import excerpt
+
+HOSTILE = (
+  "</script><img src=x onerror=alert(1)>",
+  "<!-- <script> <!--",
+  "]]>",
+  "\u2028 and \u2029",
+  "${data} $data &lt;b&gt; \ud800 \x00",
+)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def write(path, rows):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rl(step, **more):
+  return {"phase": "rl", "step": step, "reward": 0.1, "accuracy": 0.1, **more}
+
+
+def evaluation(step, value):
+  return {"phase": "eval", "step": step, "pass_at_1": value, "cons_at_4": value}
+
+
+def traced(step, group, sample, tokens, **more):
+  numbers = {
+    name: [0.1234] * len(tokens)
+    for name in ("logprob", "ratio", "advantage", "kl")  # and what later rows have
+  }
+  row = {"phase": "rl", "step": step, "group": group, "sample": sample}
+  return row | {"tokens": tokens, **numbers, "clipped": [""] * len(tokens)} | more
+
+
+def judged(step, problem, texts):
+  row = {"phase": "eval", "step": step, "problem": problem, "answers": ["7"]}
+  marks = {"correct": [True] + [False] * 7, "format": [1.0] * 8}
+  return row | marks | {"texts": texts}
+
+
+def whole_run(folder, text="plain"):
+  """A run that has ended, with `text` wherever a run has text."""
+  write(folder / "metrics.jsonl", [*map(rl, range(1, 9)), evaluation(0, 0.2)])
+  reward = {"reward": 1.1, "parts": {text: 1.0}, "outcome": text}
+  said = traced(8, 0, 0, [text, "x"], problem=text, answers=[text], **reward)
+  write(folder / "tokens.jsonl", [said])
+  write(folder / "samples.jsonl", [judged(0, text, [text, text])])
+  figures = {"step": 0, "pass_at_1": 0.2, "mean_length": 9.0, "reflection_rate": 0.1}
+  ends = {"base": [0.1, 0.3], "final": [0.4, 0.6], "change": [0.1, 0.5]}
+  summary = {
+    **{"base": figures, "half_way": figures},
+    "final": figures | {"step": 8, "pass_at_1": 0.5},
+    "intervals": {"pass_at_1": ends},
+    "seconds": {"rl": 3.0, "total": 5.0},
+    "devices": text,
+  }
+  (folder / "summary.json").write_text(json.dumps(summary))
+  config = {"task": text, "objective": {"preset": "paper"}, "deep": {"er": text}}
+  (folder / "config.json").write_text(json.dumps(config))
+  event = {"time": 10.0, "seconds": 2.0, "name": "step", "step": 2}
+  write(folder / "events.jsonl", [event, event | {"name": text, "time": 12.0}])
+  return folder
+
+
+class Page(HTMLParser):
+  """Its tags in order, their attributes, and what stands in scripts and styles."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.attributes, self.inside, self.comments = [], [], [], []
+    self.reads = False
+    self.feed(text)
+    self.close()
+
+  def handle_starttag(self, tag, attributes):
+    self.tags.append(tag)
+    self.attributes += attributes
+    self.reads = tag in ("script", "style")
+    if self.reads:
+      self.inside.append([tag, dict(attributes).get("id"), ""])
+
+  def handle_endtag(self, tag):
+    self.reads = False
+
+  def handle_comment(self, data):
+    self.comments.append(data)
+
+  def handle_data(self, data):
+    if self.reads:
+      self.inside[-1][2] += data
+
+  def data(self):
+    return next(json.loads(text) for _, name, text in self.inside if name == "data")
+
+  def source(self, tag):
+    return next(text for kind, name, text in self.inside if kind == tag and not name)
+
+
+def data_of(folder, **how):
+  return Page(html_report.page(folder, **how)).data()
+
+
+# -- hostile text --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_a_run_says_stays_data(tmp_path, text):
+  page = Page(html_report.page(whole_run(tmp_path / "hostile", text)))
+  plain = Page(html_report.page(whole_run(tmp_path / "plain")))
+  assert page.tags == plain.tags and page.attributes == plain.attributes
+  assert page.tags.count("script") == 2 and not page.comments
+  data = page.data()
+  group = data["groups"]["list"][0]
+  assert group["problem"] == text and group["answers"] == [text]
+  output = group["outputs"][0]
+  assert output["tokens"] == [text, "x"] and output["outcome"] == text
+  assert output["parts"] == [[text, 1.0]] and output["reward"] == 1.1
+  assert data["samples"]["rows"][0]["texts"] == [text, text]
+  values = {key: json.loads(value) for key, value, _ in data["config"]["rows"]}
+  assert values["deep.er"] == text and text in data["title"]
+  assert ["devices", text] in data["cost"]["facts"]
+
+
+def test_the_policy_lets_in_one_script_and_one_style_and_nothing_else(tmp_path):
+  text = html_report.page(whole_run(tmp_path))
+  page = Page(text)
+  policy = next(v for k, v in page.attributes if k == "content" and "default-src" in v)
+  for tag, kind in (("script", "script-src"), ("style", "style-src")):
+    digest = hashlib.sha256(page.source(tag).encode()).digest()
+    assert f"{kind} 'sha256-{base64.b64encode(digest).decode()}';" in policy
+  assert policy.startswith("default-src 'none';") and "unsafe" not in policy
+
+
+def test_nothing_is_fetched(tmp_path):
+  text = html_report.page(whole_run(tmp_path))
+  # The name of SVG is no address that anybody asks.
+  assert "//" not in re.sub(r"http://www\.w3\.org/2000/svg|^ *// .*$|; // .*$", "",
+                            text, flags=re.M)  # fmt: skip
+  names = {name for name, _ in Page(text).attributes}
+  assert not names & {"src", "srcset", "action", "data", "style", "onerror", "onclick"}
+  links = [value for name, value in Page(text).attributes if name == "href"]
+  assert links and all(link.startswith("#") for link in links)
+
+
+def test_the_script_makes_no_html_of_data():
+  source = (pathlib.Path(html_report.__file__).parent / "page.js").read_text("utf-8")
+  for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval("):
+    assert word not in source
+  assert "</script" not in source and "<!--" not in source
+
+
+# -- size ----------------------------------------------------------------------
+
+
+def test_a_run_of_ten_thousand_updates_and_long_texts_is_under_5_mb(tmp_path):
+  figures = {f"metric_{i}": 0.123456789 * i for i in range(30)}
+  rows = [rl(i, **figures) for i in range(1, 10_001)]
+  rows[4_321]["metric_7"] = 1e6
+  write(tmp_path / "metrics.jsonl", rows)
+  token = "<long>"
+  write(
+    tmp_path / "tokens.jsonl",
+    (
+      traced(step, group, sample, [token] * 2_000)
+      for step in range(0, 10_001, 5_000)
+      for group in range(2)
+      for sample in range(16)
+    ),
+  )
+  long = "<think>" * 4_000
+  write(
+    tmp_path / "samples.jsonl",
+    (
+      judged(step, f"p{i}", [long] * 4)
+      for step in range(0, 10_001, 500)
+      for i in (1, 2)
+    ),
+  )
+  text = html_report.page(tmp_path)
+  assert 1e6 < len(text.encode()) < html_report.LIMIT
+  data = Page(text).data()
+  series = {(s["phase"], s["name"]): s for s in data["curves"]["series"]}
+  curve = series["rl", "metric_7"]
+  assert len(curve["x"]) <= 1_001 and curve["x"] == sorted(set(curve["x"]))
+  assert (curve["x"][0], curve["x"][-1]) == (1, 10_000)
+  assert max(curve["y"]) == 1e6 and curve["x"][curve["y"].index(1e6)] == 4_322
+  assert "thinned" in data["curves"]["note"]
+  steps = [group["step"] for group in data["groups"]["list"]]
+  assert (steps[0], steps[-1]) == (0, 10_000)
+  assert "tokens.jsonl" in data["groups"]["note"]
+  evaluated = [row["step"] for row in data["samples"]["rows"]]
+  assert (evaluated[0], evaluated[-1]) == (0, 10_000)
+  assert "samples.jsonl" in data["samples"]["note"]
+
+
+def test_no_text_and_no_number_of_anything_makes_a_page_too_large(tmp_path):
+  big = "<" * 5_000
+  names = {f"{big[:300]}{i}": float(i) for i in range(600)}
+  write(tmp_path / "metrics.jsonl", [rl(i, **names) for i in range(70)])
+  parts = {f"{i}{big[:500]}": 1.0 for i in range(100)}
+  hostile = dict(problem=big, answers=[big] * 12, parts=parts, outcome=big)
+  write(
+    tmp_path / "tokens.jsonl",
+    (traced(1, g, s, [big[:300]] * 50, **hostile) for g in range(2) for s in range(70)),
+  )
+  write(tmp_path / "samples.jsonl", [judged(i, big, [big] * 40) for i in range(20)])
+  (tmp_path / "config.json").write_text(
+    json.dumps({f"{i}{big}": big for i in range(99)})
+  )
+  counts = {f"{i}{big}": 1 for i in range(200)}
+  summary = dict(seconds=counts, compilations=counts, outcomes=counts, devices=big)
+  (tmp_path / "summary.json").write_text(json.dumps(summary))
+  text = html_report.page(tmp_path)
+  assert len(text.encode()) < html_report.LIMIT
+  data = Page(text).data()
+  for name in ("curves", "config"):
+    assert data[name]["note"]
+  output = data["groups"]["list"][0]["outputs"][0]
+  assert output["whole"] == 50 and len(output["tokens"]) < 50
+  assert data["groups"]["list"][0]["whole"] == 70
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 999, 1_000, 1_001, 1_502, 9_999])
+def test_thinning_keeps_the_ends_and_the_extremes(count):
+  values = [(i * 7_919) % 1_009 + (1e4 if i == count // 3 else 0) for i in range(count)]
+  places = excerpt.thinned(values)
+  assert places == sorted(set(places)) and len(places) <= 1_000
+  assert places[0] == 0 and places[-1] == count - 1
+  kept = [values[i] for i in places]
+  assert (min(kept), max(kept)) == (min(values), max(values))
+
+
+def test_what_is_shown_of_many_is_evenly_spaced():
+  assert excerpt.spread(5, 9) == [0, 1, 2, 3, 4]
+  assert excerpt.spread(101, 5) == [0, 25, 50, 75, 100]
+  assert excerpt.fitting(["x" * 97] * 10, 300) == ["x" * 97] * 3
+
+
+# -- what a folder may lack ----------------------------------------------------
+
+
+def test_a_folder_without_a_row_is_a_mistake(tmp_path):
+  with pytest.raises(UserError, match=r"no whole line in metrics\.jsonl"):
+    html_report.page(tmp_path)
+  (tmp_path / "metrics.jsonl").write_text('{"phase": "rl", "st')
+  with pytest.raises(UserError, match="Give the --workdir"):
+    html_report.page(tmp_path)
+
+
+def test_metrics_alone_are_enough(tmp_path):
+  write(tmp_path / "metrics.jsonl", [{"phase": "pretrain", "step": 10, "nll": 2.5}])
+  data = data_of(tmp_path)
+  assert "No update of RL" in data["verdict"] and data["table"] is None
+  assert data["title"] == tmp_path.name
+  for name in ("groups", "samples", "config"):
+    assert ".json" in data[name]["note"]
+  assert len(data["cost"]["notes"]) == 2
+  assert data["curves"]["figures"][0]["name"] == "nll"
+
+
+def test_a_half_written_last_line_is_passed_over(tmp_path):
+  folder = whole_run(tmp_path)
+  before = data_of(folder)
+  for file in folder.glob("*.jsonl"):
+    with file.open("a") as opened:
+      opened.write('{"phase": "rl", "step": 9, "tokens": ["a", "')
+  assert data_of(folder) == before
+
+
+def test_rows_of_older_runs_and_of_other_kinds(tmp_path):
+  folder = whole_run(tmp_path)
+  old = traced(8, 0, 1, ["a", "b"])
+  del old["kl"]
+  odd = {
+    "step": None,
+    "group": [1],
+    "sample": {},
+    "tokens": [1, None],
+    "kl": [None, "x"],
+  }
+  write(folder / "tokens.jsonl", [old, odd, {"tokens": 3}])
+  nan = rl(2, kl=float("nan"), reward=True, note="text")
+  write(
+    folder / "metrics.jsonl", [nan, {"phase": "said", "step": "why"}, evaluation(0, 1)]
+  )
+  data = data_of(folder)
+  first, second = (group["outputs"][0] for group in data["groups"]["list"])
+  assert "kl" not in first and "parts" not in first and first["reward"] is None
+  assert second["tokens"] == ["1", "None"] and second["kl"] == [None, None]
+  named = {(s["phase"], s["name"]) for s in data["curves"]["series"]}
+  assert ("rl", "accuracy") in named and ("rl", "kl") not in named
+
+
+# -- what the page says --------------------------------------------------------
+
+
+def test_a_run_that_has_ended_has_its_verdict_and_its_table(tmp_path):
+  data = data_of(whole_run(tmp_path))
+  assert data["verdict"].startswith("RL learned: pass@1 0.20 -> 0.50")
+  name, base, _, final, change = data["table"]["rows"][0]
+  assert (name, base, final) == ("pass@1", ["0.200", "[0.100, 0.300]"],
+                                 ["0.500", "[0.400, 0.600]"])  # fmt: skip
+  assert change == ["+0.300", "[+0.100, +0.500]"]
+  assert ["wall time", "4.0 s"] in data["cost"]["facts"]
+  assert data["doctor"]["rollouts"] == 8
+
+
+def test_a_run_that_goes_on_says_how_far_it_came(tmp_path):
+  rows = [evaluation(0, 0.25), rl(2), rl(4), evaluation(4, 0.5)]
+  write(tmp_path / "metrics.jsonl", rows)
+  (tmp_path / "config.json").write_text('{"steps": 10}')
+  said = data_of(tmp_path)["verdict"]
+  assert "update 4 of 10" in said and "0.25 -> 0.50 at update 4" in said
+
+
+def test_the_first_figures_are_those_of_the_paper(tmp_path):
+  row = rl(2, length=9.0, entropy=1.0, kl=0.1, kl_old=0.2, reflection_rate=0.0)
+  write(tmp_path / "metrics.jsonl", [row, evaluation(2, 0.5)])
+  curves = data_of(tmp_path)["curves"]
+  names = [figure["name"].partition(",")[0] for figure in curves["figures"][:6]]
+  assert names[:3] == ["reward", "accuracy and pass@1", "tokens a response"]
+  assert names[3:5] == ["KL", "entropy"]
+  accuracy = [curves["series"][place] for place, _ in curves["figures"][1]["lines"]]
+  assert [s["name"] for s in accuracy] == ["accuracy", "pass_at_1", "cons_at_4"]
+  assert len([f for f in curves["figures"] if f["set"]]) == len(curves["series"])
+
+
+def test_values_that_differ_from_the_usual_are_marked(tmp_path):
+  write(tmp_path / "metrics.jsonl", [rl(2)])
+  (tmp_path / "config.json").write_text('{"a": {"b": 1, "c": 2}, "d": null}')
+  rows = data_of(tmp_path, usual={"a": {"b": 1, "c": 3}})["config"]["rows"]
+  assert rows == [["a.b", "1", None], ["a.c", "2", "3"], ["d", "null", "not there"]]
+  assert [row[2] for row in data_of(tmp_path)["config"]["rows"]] == [None] * 3
+
+
+# -- the command ---------------------------------------------------------------
+
+
+def test_the_command_writes_a_page_for_every_run(tmp_path, capsys):
+  for name in ("seed0", "seed1"):
+    whole_run(tmp_path / name)
+  command.main([str(tmp_path)])
+  assert "seed0/report.html" in capsys.readouterr().out
+  for name in ("seed0", "seed1"):
+    page = (tmp_path / name / "report.html").read_text("utf-8")
+    assert Page(page).data()["config"]["compared"]
+  command.main([str(tmp_path / "seed0"), "--out", str(tmp_path / "one.html")])
+  assert (tmp_path / "one.html").read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys):
+  for name in ("seed0", "seed1"):
+    whole_run(tmp_path / name)
+  (tmp_path / "empty").mkdir()
+  for arguments, word in (
+    ([str(tmp_path / "no")], "there is no folder"),
+    ([str(tmp_path / "empty")], "no whole line"),
+    ([str(tmp_path), "--out", str(tmp_path / "x.html")], "2 runs"),
+    (
+      [str(tmp_path / "seed0"), "--out", str(tmp_path / "no/x.html")],
+      "cannot be written",
+    ),
+  ):
+    with pytest.raises(SystemExit) as left:
+      command.main(arguments)
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and word in said and said.count("\n") == 1
+
+
+# -- a browser -----------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="needs Chromium")
+@pytest.mark.parametrize("text", [HOSTILE[0], "plain"])
+def test_a_browser_draws_it_without_a_complaint(tmp_path, text):
+  file = tmp_path / "report.html"
+  file.write_text(html_report.page(whole_run(tmp_path / "run", text)), "utf-8")
+  options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom")
+  options += ("--virtual-time-budget=3000", "--enable-logging=stderr", "--v=0")
+  done = subprocess.run(
+    [
+      *(next(filter(None, map(shutil.which, BROWSERS))), *options),
+      *(f"--user-data-dir={tmp_path / 'profile'}", file.as_uri()),
+    ],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=True,
+  )
+  assert "CONSOLE" not in done.stderr
+  page = Page(done.stdout)
+  assert "img" not in page.tags and page.tags.count("script") == 2
+  assert page.tags.count("svg") >= 2 and "article" in page.tags
+  shown = done.stdout.partition('<script type="application/json"')[0]
+  assert text.replace("<", "&lt;").replace(">", "&gt;") in shown
