@@ -349,7 +349,8 @@ def load(workdir: pathlib.Path, *, base: bool = False, merged: bool = True) -> K
   """
   said = _config_of(workdir)
   if "model_type" in said:  # Hugging Face's
-    policy, params, router = hf.load(workdir)
+    cpu = jax.default_backend() == "cpu"  # where bfloat16 takes longer
+    policy, params, router = hf.load(workdir, **({"dtype": "float32"} if cpu else {}))
     tokenizer = open_tokenizer(workdir, policy.config.vocab)
     return Kept(None, tokenizer, policy, params, router)
   config = ConfigDict(said, allow_dotted_keys=True)  # of files that it names

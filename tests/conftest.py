@@ -29,7 +29,7 @@ if os.environ["JAX_PLATFORMS"] != "cpu":  # matrix units round float32
 # Groups of minutes begin first: the last to begin should not keep one process alone.
 LONG = (
   *("two_processes", "loop", "chaos", "bench_rollout", "sharding", "whole_groups"),
-  *("ahead_of_time", "speculative", "bench_smollm2", "given_base", "bench_scaling"),
+  *("ahead_of_time", "speculative", "given_base"),
 )
 # A slot of the sandbox has a user of its own, whom two test processes must not share.
 SANDBOXED = ("code", "hostile", "host_reward", "sandbox", "score", "scorer", "wasi")

@@ -196,6 +196,7 @@ def test_a_full_disk_stops_it_and_costs_nothing(finished, cache, small_disk, lef
   assert all(np.array_equal(x, y) for x, y in zip(*both, strict=True))
 
 
+@pytest.mark.slow
 def test_segments_give_the_run_the_same_figures(finished, cache, tmp_path):
   done = run(tmp_path / "segments", cache, "--config.segment_tokens=16")
   assert done.returncode == 0, done.stderr
@@ -280,7 +281,9 @@ def test_a_run_that_has_ended_can_be_extended_and_keeps_what_it_was(
 
 
 @pytest.mark.parametrize(
-  "number, code", [(signal.SIGTERM, 42), (signal.SIGINT, 130)], ids=["TERM", "INT"]
+  "number, code",
+  [(signal.SIGTERM, 42), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+  ids=["TERM", "INT"],
 )
 def test_a_run_that_is_asked_to_stop_saves_its_last_step(
   number, code, finished, cache, tmp_path

@@ -26,6 +26,7 @@ TOY = packing.Sizes(
 )
 
 
+@pytest.mark.slow
 def test_a_packed_update_is_that_of_an_output_a_row(capsys, monkeypatch):
   fast = functools.partial(rollout_parts.compiled, compiler_options=QUICK)
   monkeypatch.setattr(rollout_parts, "compiled", fast)

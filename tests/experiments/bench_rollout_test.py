@@ -147,6 +147,7 @@ def test_the_fit_is_a_line():
   assert found["r2"] == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_drafts_are_counted():
   found = measure("speculative")
   positive(found, "speculative_tokens_per_s", "plain_tokens_per_s")

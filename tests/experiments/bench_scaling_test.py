@@ -66,6 +66,7 @@ def test_one_size_grows_at_a_time():
       assert now == still | {name: size}
 
 
+@pytest.mark.slow
 def test_there_is_a_figure_of_each_cost_at_each_size(capsys, monkeypatch):
   slow = rollout_parts.compiled
 

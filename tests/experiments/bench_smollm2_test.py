@@ -31,6 +31,7 @@ def folder(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_an_arm_has_its_steps_figures_and_gap(folder, tmp_path, monkeypatch, capsys):
   pytest.importorskip("torch")
   small = {"eval.problems": 8, "eval.samples": 2, "windows": ((0, 8),)}
