@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from flax import struct
 import jax
+from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 
 from r1jax.dynamic_sampling import Slots
@@ -41,32 +42,35 @@ def trace(rows: Rows, per_token: dict, slots: Slots, count: int) -> Trace:
     count: outputs to keep.
   """
   order = jnp.argsort(rows.place.reshape(-1))[:count]
-
-  def pick(x):
-    return x.reshape(-1, *x.shape[2:])[order]
-
-  place = pick(rows.place)
-
-  def of_output(x):  # B G
-    return x.reshape(-1)[place]
-
-  rewards = slots.rewards
-  return Trace(
-    tokens=pick(rows.completions),
-    mask=pick(rows.mask),
-    logprobs=pick(per_token["logprobs"]),
-    old_logprobs=pick(rows.old_logprobs),
-    ratio=pick(per_token["ratio"]),
-    advantages=pick(rows.advantages),
-    clipped=pick(per_token["clipped"]),
-    place=place,
-    reference_logprobs=pick(rows.reference_logprobs),
-    prompts=pick(rows.prompts),
-    prompt_mask=pick(rows.prompt_mask),
-    reward=of_output(rewards.total),
-    parts={name: of_output(x) for name, x in rewards.parts.items()},
-    outcome=None if rewards.outcome is None else of_output(rewards.outcome),
+  of_rows = dict(
+    tokens=rows.completions,
+    mask=rows.mask,
+    logprobs=per_token["logprobs"],
+    old_logprobs=rows.old_logprobs,
+    ratio=per_token["ratio"],
+    advantages=rows.advantages,
+    clipped=per_token["clipped"],
+    place=rows.place,
+    reference_logprobs=rows.reference_logprobs,
+    prompts=rows.prompts,
+    prompt_mask=rows.prompt_mask,
   )
+  of_rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), of_rows)
+  found = _taken(of_rows, order)
+  rewards = slots.rewards
+  of_outputs = dict(reward=rewards.total, parts=rewards.parts, outcome=rewards.outcome)
+  of_outputs = jax.tree.map(lambda x: x.reshape(-1), of_outputs)
+  return Trace(**found, **_taken(of_outputs, found["place"]))
+
+
+def _taken(tree: dict, places: jax.Array) -> dict:
+  """Rows of all arrays of a tree at once: on a mesh each would be gathered by itself,
+  and with many collectives that wait for nothing a CPU's few threads can all be stuck
+  in others. Whole numbers below 2^24 stay what they are."""
+  one = jax.tree.map(lambda x: x[0], tree)
+  flat = jax.vmap(lambda row: ravel_pytree(row)[0].astype(jnp.float32))(tree)
+  back = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one))[1]
+  return jax.vmap(back)(flat[places])
 
 
 def of_batch(slots: Slots, rewards: Rewards, advantages: jax.Array) -> dict:
