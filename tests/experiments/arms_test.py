@@ -1,0 +1,64 @@
+"""Runs beside each other: bases are shared, what has ended stays, failures are named.
+Nothing is trained here."""
+
+import subprocess
+import sys
+
+import pytest
+
+from experiments import arms
+from experiments.arms import Arm
+from r1jax.errors import UserError
+
+ARMS = {
+  "one": Arm(),
+  "two": Arm("r1_zero", {"grpo.group_size": 8}),
+  "three": Arm("ppo"),
+}
+OTHER = {"other": Arm("r1_zero", {"pretrain.steps": 3})}
+
+
+@pytest.fixture
+def begun(monkeypatch):
+  """What began, and with how many others under way; each process makes its base."""
+  seen = []
+
+  def start(root, arm, name, seed, core):
+    folder = arms.folder_of(root, name, seed)
+    (folder / "checkpoints" / "pretrain").mkdir(parents=True)
+    seen.append((name, seed, (root / "bases" / arm.base(seed)).exists()))
+    code = f"import time; time.sleep(0.5); exit({3 * (name == 'two')})"
+    return subprocess.Popen([sys.executable, "-c", code])
+
+  monkeypatch.setattr(arms, "start", start)
+  return seen
+
+
+def test_a_base_is_made_once_and_then_shared(tmp_path, begun):
+  wanted = [("one", 0), ("three", 0), ("other", 0)]
+  failed = arms.run(tmp_path, ARMS | OTHER, wanted, jobs=2, say=lambda text: None)
+  assert not failed
+  assert begun == [("one", 0, False), ("other", 0, False), ("three", 0, True)]
+  assert len(list((tmp_path / "bases").iterdir())) == 2
+
+
+def test_a_failure_is_named_and_the_others_run(tmp_path, begun):
+  said = []
+  wanted = [("two", 0), ("one", 0)]
+  failed = arms.run(tmp_path, ARMS, wanted, jobs=1, say=said.append)
+  assert len(failed) == 1 and "two, seed 0: exit code 3" in failed[0]
+  assert "seed_0.log" in failed[0] and failed[0] in said
+  assert [row[:2] for row in begun] == wanted
+
+
+def test_what_has_ended_is_not_run_again(tmp_path, begun):
+  folder = arms.folder_of(tmp_path, "one", 0)
+  folder.mkdir(parents=True)
+  (folder / "summary.json").write_text("{}")
+  arms.run(tmp_path, ARMS, [("one", 0), ("one", 1)], say=lambda text: None)
+  assert [row[:2] for row in begun] == [("one", 1)]
+
+
+def test_an_unknown_key_is_refused():
+  with pytest.raises(UserError, match=r"config\.grpo\.grup_size.*r1_zero"):
+    Arm("r1_zero", {"grpo.grup_size": 8}).config(0)

@@ -1,0 +1,138 @@
+"""The claims: their arms are valid, effects and verdicts are those of their files, and
+what has ended is not run again. Nothing is trained here."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import arms, claim_arms, claim_table, claims
+from experiments.claim_table import CLAIMS, Arms, Effect
+from r1jax import settings
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", claim_arms.ARMS)
+def test_every_arm_is_a_config_that_a_run_takes(name, quick):
+  arm = claim_arms.arms(quick)[name]
+  config = arm.config(3)
+  assert config.seed == 3
+  if arm.module != "r1":
+    settings.check(config, 1)
+
+
+def test_arms_that_begin_alike_share_a_base():
+  bases = {name: arm.base(0) for name, arm in claim_arms.ARMS.items()}
+  assert len({bases[name] for name in bases if name != "r1"}) == 1
+  assert bases["r1"] != bases["zero"] != claim_arms.ARMS["zero"].base(1)
+  assert bases["zero"] != claim_arms.arms(quick=True)["zero"].base(0)
+
+
+def test_there_are_twelve_claims_and_all_their_arms():
+  assert [claim.number for claim in CLAIMS] == list(range(1, 13))
+  assert {arm for claim in CLAIMS for arm in claim.arms} == set(claim_arms.ARMS)
+  assert {claim.seeds for claim in CLAIMS} == {3, 5}
+
+
+def leave(root, arm, seed, *, gain=0.0, rows=(), tokens=()):
+  """What an arm that has ended leaves."""
+  folder = arms.folder_of(root, arm, seed)
+  folder.mkdir(parents=True)
+  base = {"pass_at_1": 0.2, "mean_length": 20.0, "reflection_rate": 0.5}
+  base["cons_at_16"] = 0.3
+  final = {k: v + gain for k, v in base.items()}
+  summary = {"base": base, "half_way": final, "final": final}
+  (folder / "summary.json").write_text(json.dumps(summary))
+  for name, written in (("metrics", rows), ("tokens", tokens)):
+    text = "".join(json.dumps(row) + "\n" for row in written)
+    (folder / f"{name}.jsonl").write_text(text)
+
+
+def test_an_effect_is_a_difference_over_seeds(tmp_path):
+  for seed, gain in enumerate((0.5, 0.6, 0.7)):
+    leave(tmp_path, "zero", seed, gain=gain)
+  effects = claims.measured(tmp_path, {CLAIMS[0]: 5})
+  (e,) = effects
+  assert e.seeds == pytest.approx((0.5, 0.6, 0.7)) and e.mean == pytest.approx(0.6)
+  half = 4.302653 * 0.1 / 3**0.5  # t of two degrees of freedom
+  assert (e.low, e.high) == pytest.approx((0.6 - half, 0.6 + half), abs=1e-6)
+  assert e.verdict == "shown"
+  assert "accuracy climbs" in claims.markdown(effects)
+  claims.plot(tmp_path / "a.png", effects)
+  assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+  "values, least, verdict",
+  [
+    ([0.1, 0.11, 0.12], 0.0, "shown"),
+    ([-0.1, 0.3, 0.1], 0.0, "not shown"),
+    ([-0.3, -0.31, -0.32], 0.0, "opposite"),
+    ([-0.01, -0.011, -0.009], -0.02, "shown"),  # near enough
+    ([-0.03, -0.031, -0.029], -0.02, "opposite"),
+    ([0.0, 0.0, 0.0], -1e-9, "shown"),
+    ([0.0, 0.0, 0.0], 0.0, "not shown"),
+  ],
+)
+def test_a_verdict_is_the_intervals(values, least, verdict):
+  effect = Effect("x", lambda arms: 0.0, least)
+  assert claim_table.found(CLAIMS[0], effect, values).verdict == verdict
+
+
+def test_groups_of_equal_rewards_are_looked_at_alone(tmp_path):
+  def output(group, reward, advantage):
+    row = {"step": 2, "group": group, "reward": reward}
+    return {**row, "advantage": [advantage] * 3}
+
+  equal = [output(0, 1.0, 0.0), output(0, 1.0, 0.0)]
+  others = [output(1, 1.0, 0.7), output(1, 0.0, -0.7)]
+  leave(tmp_path, "zero", 0, tokens=equal + others)
+  assert claim_table.silent(Arms(tmp_path, 0)) == 0.0
+  leave(tmp_path, "zero", 1, tokens=[*others, output(0, 1.0, 0.01), equal[0]])
+  assert claim_table.silent(Arms(tmp_path, 1)) == pytest.approx(-0.01)
+
+
+def test_the_second_half_of_the_rollouts_is_late(tmp_path):
+  rows = [{"phase": "rl", "step": i, "kl": float(i)} for i in range(4)]
+  leave(tmp_path, "zero", 0, rows=[*rows, {"phase": "eval", "step": 4}])
+  assert Arms(tmp_path, 0).late("zero", "kl") == 2.5
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (["--claim=13"], ["--claim=13", "1 to 12"]),
+    (["--seeds=1"], ["--seeds=1", "two or more"]),
+    (["--jobs=-1"], ["--jobs=-1"]),
+    (["--write", "--quick"], ["--write", "without --quick"]),
+    (["--write", "--claim=1"], ["--write", "--claim"]),
+  ],
+)
+def test_a_mistake_is_one_line_and_nothing_begins(tmp_path, capsys, flags, words):
+  with pytest.raises(SystemExit, match="2"):
+    claims.main([f"--workdir={tmp_path / 'new'}", *flags])
+  (line,) = capsys.readouterr().err.strip().splitlines()
+  assert all(word in line for word in words), line
+  assert not (tmp_path / "new").exists()
+
+
+def test_the_status_says_what_has_ended(tmp_path, capsys):
+  leave(tmp_path, "zero", 0, gain=0.1)
+  leave(tmp_path, "zero", 1, gain=0.2)
+  claims.main([f"--workdir={tmp_path}", "--claim=1", "--status"])
+  assert "2 of 5 runs have ended" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_all_of_it_quickly(tmp_path):
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.claims", "--quick", f"--workdir={tmp_path}"],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  told = json.loads((tmp_path / "claims.json").read_text())
+  assert {row["claim"] for row in told} == set(range(1, 13))
+  assert all(np.isfinite([row["mean"], row["low"], row["high"]]).all() for row in told)
