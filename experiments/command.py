@@ -207,7 +207,8 @@ def launch(
   from r1jax.progress import Clock
 
   use_compilation_cache(config.compilation_cache)
-  start({"config": settings.plain(config), "workdir": str(path)})
+  facts = {"config": settings.plain(config), "workdir": str(path)}
+  start(facts, callbacks=config.reward.host)
   loop.run(config, path, Clock(started))
 
 

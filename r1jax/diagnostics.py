@@ -64,9 +64,8 @@ def trace(rows: Rows, per_token: dict, slots: Slots, count: int) -> Trace:
 
 
 def _taken(tree: dict, places: jax.Array) -> dict:
-  """Rows of all arrays of a tree at once: on a mesh each would be gathered by itself,
-  and with many collectives that wait for nothing a CPU's few threads can all be stuck
-  in others. Whole numbers below 2^24 stay what they are."""
+  """Rows of all arrays of a tree, in one gather over the mesh; whole numbers below 2^24
+  stay what they are."""
   one = jax.tree.map(lambda x: x[0], tree)
   flat = jax.vmap(lambda row: ravel_pytree(row)[0].astype(jnp.float32))(tree)
   back = ravel_pytree(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one))[1]

@@ -87,17 +87,18 @@ def has_chips(environ: Mapping[str, str]) -> bool:
   )
 
 
-def start(facts: Mapping) -> Place:
+def start(facts: Mapping, *, callbacks: bool = False) -> Place:
   """Meets the other processes, before anything has asked JAX for a device.
 
   Args:
     facts: JSON-like; what all processes must have in common, such as the config.
+    callbacks: whether programs will ask the host, as for rewards.
 
   Raises:
     UserError: variables that do not make sense; processes that differ.
     TransientError: the others cannot be reached in time.
   """
-  os.environ.update(xla_flags.variables(os.environ))
+  os.environ.update(xla_flags.variables(os.environ, callbacks=callbacks))
   place = detect(os.environ, chips=has_chips(os.environ))
   text = os.environ.get("R1JAX_TIMEOUT", "600")
   if not text.isdecimal() or not int(text):

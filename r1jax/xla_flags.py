@@ -53,11 +53,17 @@ PRESETS = {
 }
 
 
-def variables(environ: Mapping[str, str]) -> dict[str, str]:
+def variables(environ: Mapping[str, str], *, callbacks: bool = False) -> dict[str, str]:
   """What to set before a JAX backend starts; flags that are set already win.
 
+  Several CPU devices of a process share a thread each. A device whose callback has
+  come back waits in one collective while another is still in an earlier one: with no
+  thread left for that, both wait for ever. NPROC gives them more, at some speed.
+
   Args:
-    environ: R1JAX_XLA_FLAGS, XLA_FLAGS and LIBTPU_INIT_ARGS of it are read.
+    environ: R1JAX_XLA_FLAGS, XLA_FLAGS, LIBTPU_INIT_ARGS, JAX_NUM_CPU_DEVICES and NPROC
+      of it are read.
+    callbacks: whether programs will ask the host.
 
   Raises:
     UserError: no such preset.
@@ -70,8 +76,12 @@ def variables(environ: Mapping[str, str]) -> dict[str, str]:
       " for a TPU."
     )
   found = {"XLA_FLAGS": PRESETS[name].xla, "LIBTPU_INIT_ARGS": PRESETS[name].libtpu}
-  return {
+  said = {
     key: " ".join([*flags, environ.get(key, "")]).strip()
     for key, flags in found.items()
     if flags
   }
+  devices = environ.get("JAX_NUM_CPU_DEVICES", "1")
+  if callbacks and devices.isdecimal() and int(devices) > 1 and "NPROC" not in environ:
+    said["NPROC"] = str(4 * int(devices))
+  return said

@@ -81,6 +81,10 @@ def test_flags_of_a_preset_stand_before_those_that_are_set():
     "XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=true --mine=1"
   }
   assert xla_flags.variables({}) == {}
+  two = {"JAX_NUM_CPU_DEVICES": "2"}
+  assert xla_flags.variables(two) == {}
+  assert xla_flags.variables(two, callbacks=True) == {"NPROC": "8"}
+  assert xla_flags.variables({**two, "NPROC": "3"}, callbacks=True) == {}
   with pytest.raises(UserError, match="'fast' is not one of none, tpu-dense"):
     xla_flags.variables({"R1JAX_XLA_FLAGS": "fast"})
 
