@@ -91,7 +91,8 @@ def claims(options: argparse.Namespace) -> list[str]:
     say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
     failed = arms.run(root, claim_arms.arms(o.quick), wanted, jobs=o.jobs, say=say)
   effects = measured(root, seeds)
-  console.print(table(effects))
+  if effects:
+    console.print(table(effects))
   done = sum(arms.ended(arms.folder_of(root, *pair)) for pair in wanted)
   console.print(f"{done} of {len(wanted)} runs have ended, in {root}.", highlight=False)
   if o.quick:
