@@ -139,13 +139,7 @@ def prepare(
 ) -> Run:
   """Problems, tokenizer and policy."""
   c, d = config, config.data
-  task = worlds.make_task(c.task, c)
-  world = worlds.make_world(
-    task,
-    counts=c.counts.to_dict(),
-    given=d,
-    seed=config.seed,
-  )
+  world = worlds.of_config(c)
   path, folder = tokenizer_place(workdir, c), c.model.folder
   pages = [] if folder else make_pages(config, world, count=5000)
   texts = [prompt + page for prompt, page in pages]
@@ -156,7 +150,9 @@ def prepare(
     vocab = settings.policy_config(config, 0).vocab if folder else None
     tokenizer = open_tokenizer(source, vocab)
   else:
-    tokenizer = Tokenizer.train(texts, vocab=c.pretrain.vocab, symbols=task.symbols)
+    tokenizer = Tokenizer.train(
+      texts, vocab=c.pretrain.vocab, symbols=world.task.symbols
+    )
   kept = world.held_out[: c.eval.problems]
   pool = settings.objective(c).pool
   for key, wanted, found in (
@@ -377,11 +373,8 @@ def window_of(kept: Kept) -> int:
   c = kept.config
   texts = []
   if not c.model.folder:
-    task = worlds.make_task(c.task, c)
-    world = worlds.make_world(
-      task, counts=c.counts.to_dict(), given=c.data, seed=c.seed
-    )
-    texts = [page for _, page in make_pages(c, world, count=5000)]
+    pages = make_pages(c, worlds.of_config(c), count=5000)
+    texts = [page for _, page in pages]
   longest = max(map(len, kept.tokenizer.encode_batch(texts)), default=0)
   return max(tokens for _, tokens in settings.windows(c, 1 + longest))
 

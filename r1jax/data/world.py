@@ -80,6 +80,12 @@ def make_world(
   return World(task, pretrain, train, [p for p in kept if not task.is_fact(p.problem)])
 
 
+def of_config(config: Mapping) -> World:
+  """The world of a run's config. Errors as `make_task` and `read`."""
+  task, counts = make_task(config["task"], config), dict(config["counts"])
+  return make_world(task, counts=counts, given=config["data"], seed=config["seed"])
+
+
 def with_requests(
   task: Assistant, made: problems.Split, asked: list[Problem], seed: int
 ) -> World:

@@ -77,10 +77,7 @@ def generated(task: str, count: int, seed: int, config: ConfigDict) -> list[Prob
 
 def held_out(config: ConfigDict) -> list[Problem]:
   """What a run of this config keeps for evaluation, all of it."""
-  c = config
-  task = worlds.make_task(c.task, c)
-  world = worlds.make_world(task, counts=c.counts.to_dict(), given=c.data, seed=c.seed)
-  return world.held_out
+  return worlds.of_config(config).held_out
 
 
 def folder_name(parts: list[str]) -> pathlib.Path:

@@ -69,9 +69,7 @@ class Project:
 
   @functools.cached_property
   def world(self) -> worlds.World:
-    c = self.config
-    task = worlds.make_task(c.task, c)
-    return worlds.make_world(task, counts=c.counts.to_dict(), given=c.data, seed=c.seed)
+    return worlds.of_config(self.config)
 
   @functools.cached_property
   def pages(self) -> list[tuple[str, str]]:
