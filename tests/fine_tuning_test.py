@@ -113,6 +113,7 @@ def call(workdir, *, kill_at=None, pages=rows, config=CONFIG, **how):
       progress=Console(kill_at),
       metrics=MetricsFile(workdir / "metrics.jsonl"),
       policy=golden.tiny_policy(),
+      tokenizer=types.SimpleNamespace(model=b"a tokenizer"),
     )
   )
   taken, put, compiled = [], fine_tuning.put_batch, fine_tuning.compiled

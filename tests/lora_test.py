@@ -436,6 +436,7 @@ def call(workdir, kill_at=None, **how):
       ),
       metrics=MetricsFile(workdir / "metrics.jsonl"),
       policy=POLICY,
+      tokenizer=types.SimpleNamespace(model=b"a tokenizer"),
     )
   )
   kept_save = Checkpoints.save
