@@ -82,7 +82,7 @@ def evaluate(options: argparse.Namespace) -> dict:
   from experiments import command
 
   command.use_compilation_cache("")
-  from r1jax import run
+  from r1jax import trained
   from r1jax.evals import benchmarks, evaluation
   from r1jax.evals.answers import Decoding
 
@@ -93,10 +93,10 @@ def evaluate(options: argparse.Namespace) -> dict:
       "--benchmark and --file belong together, and --task stands alone: the first two"
       " ask a file, the last generates problems; without all, a run's own are asked."
     )
-  kept = run.load(source, base=o.base)
+  kept = trained.load(source, base=o.base)
   problems, benchmark = asked(o, kept)
   prompts, prefilled = worded(o, kept, problems, benchmark)
-  window = run.window_of(kept) if kept.config is not None else 32_768
+  window = trained.window_of(kept) if kept.config is not None else 32_768
   decoding = Decoding(
     samples=o.samples or benchmark.samples,
     temperature=o.temperature,

@@ -55,12 +55,12 @@ def export(options: argparse.Namespace) -> None:
     UserError: no run there, nothing that Hugging Face has a family for, or a folder
       that holds a checkpoint.
   """
-  from r1jax import peft, run
+  from r1jax import peft, trained
   from r1jax.data.hf_tokenizer import HFTokenizer
   from r1jax.models import hf
 
   folder, to = pathlib.Path(options.folder), pathlib.Path(options.to)
-  kept = run.load(folder, base=options.base, merged=not options.adapters)
+  kept = trained.load(folder, base=options.base, merged=not options.adapters)
   if options.adapters:
     base = kept.config.model.folder if kept.config else ""
     peft.save(to, kept.policy, kept.params, base=base)

@@ -76,9 +76,9 @@ def answers(options: argparse.Namespace) -> dict[str, list[dict]]:
   from experiments import command
 
   command.use_compilation_cache("")
-  from r1jax import prompts, rollout, run
+  from r1jax import prompts, rollout, trained
 
-  kept = run.load(pathlib.Path(options.folder), base=options.base)
+  kept = trained.load(pathlib.Path(options.folder), base=options.base)
   texts = options.prompt
   if kept.config is None and not options.raw:
     texts = [prompts.user_turn(prompt, kept.tokenizer) for prompt in texts]

@@ -28,9 +28,11 @@ from r1jax import (
   settings,
   sft,
   sharding,
+  trained,
   watchdog,
 )
 from r1jax.data import corpus
+from r1jax.data import world as worlds
 from r1jax.errors import UserError
 from r1jax.evals.interval import interval
 from r1jax.metrics import MetricsFile, write_json
@@ -38,7 +40,7 @@ from r1jax.models import hf
 from r1jax.progress import Clock, Progress
 from r1jax.reinforcement import reinforce
 from r1jax.rewards.verdict import OUTCOMES
-from r1jax.run import Run, initial, make_pages, open_workdir, prepare
+from r1jax.run import Run, open_workdir, prepare
 
 PROGRAMS = (
   *("next_token_step", "evaluate", "whole_step"),
@@ -110,7 +112,7 @@ def base(this: Run) -> tuple[Any, Any]:
   if other := this.config.init_from:
     this.progress.say(f"base: the last policy of {other}")
     with this.clock.phase("restore"):
-      return initial(this)
+      return trained.initial(this.config, this.policy, this.mesh)
   if folder := this.config.model.folder:
     this.progress.say(f"base: reading {folder}")
     with this.clock.phase("restore"):
@@ -125,7 +127,7 @@ def pretrain(this: Run) -> tuple[Any, Any]:
   def pages() -> sft.Pages:
     # Enough at 14 tokens a page; with shorter ones the rows come round again.
     width = p.width or this.page
-    made = make_pages(c, this.world, count=p.steps * p.rows * width // 14)
+    made = worlds.pages(c, this.world, count=p.steps * p.rows * width // 14)
     return corpus.pack([prompt + page for prompt, page in made], this.tokenizer, width)
 
   return fine_tuning.tune(this, pages, settings.pretrain_config(c), phase="pretrain")

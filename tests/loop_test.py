@@ -14,8 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from r1jax import events
-from r1jax import run as kept
+from r1jax import events, trained
 from r1jax.goodput import Goodput
 
 pytestmark = pytest.mark.xdist_group("loop")  # they share runs
@@ -142,7 +141,7 @@ def test_a_run_begins_from_what_another_has_learned(finished, cache, tmp_path):
   done = run(tmp_path / "next", cache, begun, "--config.steps=2", "--config.seed=1")
   assert done.returncode == 0, done.stderr
   assert {row["phase"] for row in rows(tmp_path / "next")} == {"eval", "rl"}
-  before, after = kept.load(finished[0]), kept.load(tmp_path / "next", base=True)
+  before, after = trained.load(finished[0]), trained.load(tmp_path / "next", base=True)
   both = jax.tree.leaves(before[-2:]), jax.tree.leaves(after[-2:])
   for x, y in zip(*both, strict=True):
     assert np.array_equal(x, y)
@@ -189,11 +188,11 @@ def test_a_full_disk_stops_it_and_costs_nothing(finished, cache, small_disk, lef
     _, err = process.communicate(timeout=240)
   assert process.returncode == 42 and "Traceback" not in err, err
   assert "Make room" in err and "same command" in err
-  assert kept.load(workdir).params
+  assert trained.load(workdir).params
   filler.unlink()
   again = run(workdir, cache)
   assert again.returncode == 0, again.stderr
-  mine, other = (kept.load(path)[-2:] for path in (workdir, finished[0]))
+  mine, other = (trained.load(path)[-2:] for path in (workdir, finished[0]))
   both = jax.tree.leaves(mine), jax.tree.leaves(other)
   assert all(np.array_equal(x, y) for x, y in zip(*both, strict=True))
 

@@ -6,10 +6,11 @@ import json
 import random
 from typing import Any
 
+from ml_collections import ConfigDict
 import numpy as np
 
 from r1jax import prompts
-from r1jax.data import gym, problems, sources
+from r1jax.data import corpus, gym, problems, sources
 from r1jax.data.assistant import Assistant
 from r1jax.data.chain import Chain
 from r1jax.data.problem import Problem
@@ -93,13 +94,13 @@ def with_requests(
   with instructions too."""
   rng = random.Random(seed)
   requests, kept = problems.split_requests(task, task.requests())
-  pages = [
+  about = [
     task.instruct(p, rng) if rng.random() < task.instructed else p
     for p in made.pretrain
   ]
   return World(
     task,
-    [*pages, *requests],
+    [*about, *requests],
     made.train,
     asked,
     requests,
@@ -179,3 +180,17 @@ def longest_prompt(rows: list[Problem], tokenizer: Tokenizer, **asked: Any) -> i
   """Tokens of the longest prompt, rounded up to a multiple of 4."""
   lengths = [len(prompts.encode(p.problem, tokenizer, **asked)) for p in rows]
   return -(-max(lengths) // 4) * 4
+
+
+def pages(config: ConfigDict, world: World, count: int) -> list[tuple[str, str]]:
+  """`count` pages of a config's mix, as (prompt, what follows)."""
+  p = config.pretrain
+  return corpus.pages(
+    world.task,
+    world.pretrain,
+    count,
+    mix=p.mix.to_dict(),
+    template=config.data.template,
+    facts_a_page=p.facts_a_page,
+    seed=config.seed,
+  )

@@ -12,7 +12,7 @@ from r1jax.data.problem import Problem
 from r1jax.errors import UserError
 from r1jax.evals.generate import Samples
 from r1jax.metrics import MetricsFile
-from r1jax.run import Kept
+from r1jax.trained import Trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Decoding:
 
 
 def sample(
-  kept: Kept,
+  kept: Trained,
   problems: Sequence[Problem],
   prompts: Sequence[str],
   decoding: Decoding,

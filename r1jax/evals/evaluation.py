@@ -22,13 +22,13 @@ from r1jax.evals.generate import Marks, Samples
 from r1jax.evals.interval import interval, paired
 from r1jax.metrics import MetricsFile, write_json
 from r1jax.rewards.scorer import Scorer
-from r1jax.run import Kept
+from r1jax.trained import Trained
 
 RESULT, VERDICTS = "evaluation.json", "verdicts.jsonl"
 
 
 def evaluate(
-  kept: Kept,
+  kept: Trained,
   asked: Sequence[tuple],
   decoding: Decoding,
   scorer: Scorer,

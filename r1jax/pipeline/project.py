@@ -26,7 +26,7 @@ from r1jax.models.policy import Policy
 from r1jax.optimizer import OptimizerConfig, make_optimizer
 from r1jax.progress import Clock, Progress
 from r1jax.prompts import PromptBatch
-from r1jax.run import Run, make_pages, rule_reward
+from r1jax.run import Run, rule_reward
 from r1jax.sinks import Sinks
 
 Weights = tuple[Any, Any]  # (params, router)
@@ -74,7 +74,7 @@ class Project:
   @functools.cached_property
   def pages(self) -> list[tuple[str, str]]:
     """A sample of the corpus, that shapes are fitted to: prompts, and what follows."""
-    return make_pages(self.config, self.world, count=5000)
+    return worlds.pages(self.config, self.world, count=5000)
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:

@@ -65,11 +65,11 @@ def test_a_prompt_is_answered_in_the_runs_template(capsys, folder):
 
 
 def test_the_likeliest_tokens_are_those_of_the_full_forward_pass(capsys, folder):
-  from r1jax import run
+  from r1jax import trained
 
   flags = ("--prompt", "4 + 3", "--temperature", "0", "--raw")
   ((completion,),) = said(capsys, folder, *flags).values()
-  kept = run.load(folder)
+  kept = trained.load(folder)
   ids = [kept.tokenizer.bos_id, *kept.tokenizer.encode("4 + 3"), *completion["tokens"]]
   tokens = jnp.asarray([ids])
   seq = Sequence.of_mask(jnp.ones_like(tokens, bool))
@@ -82,9 +82,9 @@ def test_the_likeliest_tokens_are_those_of_the_full_forward_pass(capsys, folder)
 
 
 def test_prompts_of_any_length_in_the_window_share_a_program(folder, caplog):
-  from r1jax import run
+  from r1jax import trained
 
-  kept = run.load(folder)
+  kept = trained.load(folder)
   rollout._sampled.clear_cache()
 
   def ask(prompts):
@@ -122,10 +122,10 @@ def test_mistakes_end_with_what_to_do(flags, message, capsys, folder):
 
 
 def test_a_prompt_beyond_the_window_and_no_prompt_are_refused(folder):
-  from r1jax import run
+  from r1jax import trained
   from r1jax.errors import UserError
 
-  kept = run.load(folder)
+  kept = trained.load(folder)
   model = kept.policy, kept.params, kept.router, kept.tokenizer
   with pytest.raises(UserError, match=r"does not fit window=4"):
     rollout.generate(*model, ["4 + 3 + 4 + 3"], window=4)
@@ -134,10 +134,10 @@ def test_a_prompt_beyond_the_window_and_no_prompt_are_refused(folder):
 
 
 def test_weights_that_are_not_finite_are_named(folder):
-  from r1jax import run
+  from r1jax import trained
   from r1jax.errors import NumericalError
 
-  kept = run.load(folder)
+  kept = trained.load(folder)
   params = jax.tree.map(lambda x: x, kept.params)
   params["final_norm"] = {
     "scale": jnp.full_like(params["final_norm"]["scale"], jnp.nan)
