@@ -17,6 +17,7 @@ from r1jax.events import whole_lines
 from r1jax.metrics import MetricsFile
 
 NAME = "attempts.jsonl"
+PLACE = "checkpoints"
 MOST = 3  # attempts without a new checkpoint
 
 
@@ -57,12 +58,17 @@ def counted(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def reached(workdir: pathlib.Path) -> dict[str, int]:
-  """{stage: its newest checkpoint}."""
+  """{"rl": its newest checkpoint}; of a pipeline {"zero/rl": its newest checkpoint,
+  "rejection": the lines that the stage has left}."""
   found: dict[str, int] = {}
-  for path in (workdir / "checkpoints").glob("*/*"):
+  for path in (*workdir.glob("checkpoints/*/*"), *workdir.glob("*/checkpoints/*/*")):
     if path.name.isdigit():
-      stage = path.parent.name
+      stage = "/".join(p for p in path.relative_to(workdir).parts[:-1] if p != PLACE)
       found[stage] = max(found.get(stage, 0), int(path.name))
+  for path in workdir.glob("*/*.jsonl"):
+    if path.name not in ("events.jsonl", "metrics.jsonl"):  # those have checkpoints
+      stage = path.parent.name
+      found[stage] = found.get(stage, 0) + path.read_bytes().count(b"\n")
   return found
 
 

@@ -64,3 +64,14 @@ def test_what_a_person_did_does_not_count(tmp_path, error):
     with pytest.raises(type(error)):
       attempt(tmp_path, error)
   attempt(tmp_path)
+
+
+def test_of_a_pipeline_a_checkpoint_and_a_line_of_any_stage_count(tmp_path):
+  assert attempts.reached(tmp_path) == {}
+  (tmp_path / "zero" / "checkpoints" / "rl" / "4").mkdir(parents=True)
+  (tmp_path / "zero" / "checkpoints" / "rl" / "12").mkdir()
+  (tmp_path / "zero" / "events.jsonl").write_text('{"name": "step"}\n')
+  (tmp_path / "rejection").mkdir()
+  (tmp_path / "rejection" / "samples.jsonl").write_text('{"step": 0}\n{"st')
+  (tmp_path / "old" / "zero" / "checkpoints" / "rl" / "99").mkdir(parents=True)
+  assert attempts.reached(tmp_path) == {"zero/rl": 12, "rejection": 1}

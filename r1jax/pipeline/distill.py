@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from r1jax import distillation, train_state
+from r1jax import distillation, preemption, train_state
 from r1jax.checkpoint import Checkpoints
 from r1jax.data import problems, traces
 from r1jax.distillation import DistillConfig, OnPolicyConfig
@@ -29,7 +29,15 @@ from r1jax.pipeline.project import (
   save_weights,
   with_changes,
 )
-from r1jax.run import Run, adapters_of, compiled, put_batch, resumed, take
+from r1jax.run import (
+  Run,
+  adapters_of,
+  compiled,
+  host_state,
+  put_batch,
+  resumed,
+  take,
+)
 
 MODES = ("sft", "logits", "on_policy")
 
@@ -222,14 +230,21 @@ def _on_policy(
     program = program or compiled(
       this, on_policy_step, *args, donate=(0,), out_shardings=out
     )
-    state, _, figures = program(*args)
     step += 1
-    figures = {name: float(x) for name, x in figures.items()}
+    with this.clock.phase("on_policy", step=step):
+      state, _, figures = program(*args)
+      figures = {name: float(x) for name, x in figures.items()}
     this.metrics.write({"phase": "on_policy", "step": step, **figures})
     this.progress.update("on_policy", step, steps, loss=figures["loss"])
-    if step % c.checkpoint_every == 0 or step == steps:
-      host = {"stream": stream.get_state(), "clock": this.clock.state()}
-      checkpoints.save(step, state.kept, host)
+    stops = preemption.asked()
+    if stops or step % c.checkpoint_every == 0 or step == steps:
+      with this.clock.phase("save", step=step):
+        host = {**host_state(this), "stream": stream.get_state()}
+        checkpoints.save(step, state.kept, host)
+    if stops:
+      break
   checkpoints.close()
+  if step < steps:
+    preemption.leave()
   loss = this.metrics.phase("on_policy")[-1]["loss"]
   return (state.params, state.router), {"rollouts": steps, "loss": loss}

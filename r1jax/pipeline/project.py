@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import rich.console
 
-from r1jax import lora, settings, train_state
+from r1jax import lora, settings, train_state, watchdog
 from r1jax.checkpoint import Checkpoints
 from r1jax.data import world as worlds
 from r1jax.data.problem import Problem
@@ -148,15 +148,17 @@ class Project:
     c = with_changes(self.config, {**changes, **({"model": model} if model else {})})
     kept = self.world.held_out[: c.eval.problems]
     reward = parts.pop("reward", None) or rule_reward(c, self.tokenizer, list(asked))
+    clock = self.clock(folder)
     with (
       Progress(self.console) as progress,
+      watchdog.watched(clock, folder, c.watchdog_minutes),
       contextlib.closing(Sinks(c.sinks, folder, progress.say)) as sinks,
     ):
       yield Run(
         config=c,
         workdir=folder,
         mesh=self.mesh,
-        clock=self.clock(folder),
+        clock=clock,
         progress=progress,
         metrics=MetricsFile(folder / "metrics.jsonl", sinks=sinks),
         samples=MetricsFile(folder / "samples.jsonl"),

@@ -6,7 +6,7 @@ import jax
 from ml_collections import ConfigDict
 import rich.console
 
-from r1jax import lock, preemption, sharding
+from r1jax import attempts, lock, preemption, sharding
 from r1jax.pipeline import display, scoreboard
 from r1jax.pipeline.checks import check
 from r1jax.pipeline.project import Project
@@ -35,7 +35,12 @@ def run(
   def say(text: str) -> None:
     console.print(text, style="bold", highlight=False, markup=False, soft_wrap=True)
 
-  with lock.held(workdir), jax.set_mesh(project.mesh), preemption.listened(say):
+  with (
+    lock.held(workdir),
+    attempts.counted(workdir),
+    jax.set_mesh(project.mesh),
+    preemption.listened(say),
+  ):
     stages.run(workdir, only=stage or None, rerun=rerun, say=say)
   found = stages.status(workdir)
   if not stage and found["report"].state == "done":

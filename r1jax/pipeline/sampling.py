@@ -102,7 +102,8 @@ def sample(
     program = project.program(
       name, lambda b=batch, k=key, f=draw: compiled(this, f, *weights, b, k)
     )
-    said = jax.device_get(program(*weights, batch, key))
+    with this.clock.phase("sample"):
+      said = jax.device_get(program(*weights, batch, key))
     count = min(chunk, len(problems) - int(part[0]))
     done[n] = {
       "phase": "sample",
