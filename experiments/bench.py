@@ -21,6 +21,7 @@ import argparse
 import json
 import sys
 
+from experiments import exits
 from experiments.benches import (
   algorithms,
   checkpointing,
@@ -32,7 +33,6 @@ from experiments.benches import (
   scaling,
   smollm2,
 )
-from r1jax.errors import UserError
 
 BENCHES = {
   "algorithms": algorithms,
@@ -62,18 +62,9 @@ def main(argv: list[str]) -> None:
       "--json", action="store_true", help="print the result as JSON in the last line"
     )
   options = parser.parse_args(argv)
-  try:
+  resumable = options.bench in ("algorithms", "smollm2")
+  with exits.in_words("the same command goes on where it was" * resumable):
     result = BENCHES[options.bench].run(options)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    goes_on = "; the same command goes on where it was"
-    print(
-      "stopped" + goes_on * (options.bench in ("algorithms", "smollm2")),
-      file=sys.stderr,
-    )
-    sys.exit(130)
   if options.json:
     print(json.dumps(result))
 

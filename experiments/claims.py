@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import rich.console
 import rich.table
 
-from experiments import arms, claim_arms, claim_table
+from experiments import arms, claim_arms, claim_table, exits
 from experiments.claim_table import CLAIMS, Arms, Claim, Found
 from r1jax.errors import UserError
 
@@ -38,14 +38,8 @@ BEGIN, END = "<!-- claims: begin -->\n", "<!-- claims: end -->\n"
 
 def main(argv: list[str]) -> None:
   options = flags().parse_args(argv)
-  try:
+  with exits.in_words("the same command goes on"):
     failed = claims(options)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print("stopped; the same command goes on", file=sys.stderr)
-    sys.exit(130)
   if failed:
     print("failed:\n  " + "\n  ".join(failed), file=sys.stderr)
     sys.exit(1)

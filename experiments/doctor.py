@@ -15,9 +15,8 @@ import sys
 
 import rich.console
 
-from experiments import folders
+from experiments import exits, folders
 from r1jax import doctor
-from r1jax.errors import UserError
 from r1jax.metrics import MetricsFile
 
 FILE = "metrics.jsonl"
@@ -25,11 +24,8 @@ FILE = "metrics.jsonl"
 
 def main(argv: list[str]) -> None:
   options = flags().parse_args(argv)
-  try:
+  with exits.in_words():
     found = folders.runs(options.folder, FILE, MetricsFile.rows_of)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   said = {name: of(MetricsFile(path), options.look) for name, path in found}
   if options.json:
     print(json.dumps(said))

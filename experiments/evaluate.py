@@ -25,20 +25,15 @@ import sys
 import rich.console
 import rich.progress
 
-from r1jax.errors import NumericalError, UserError
+from experiments import exits
+from r1jax.errors import UserError
 from r1jax.rewards.scorer import MATHS, Scorer, ScorerConfig
 
 
 def main(argv: list[str]) -> None:
   options = flags().parse_args(argv)
-  try:
+  with exits.in_words("the same command goes on"):
     found = evaluate(options)
-  except (UserError, NumericalError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2 if isinstance(error, UserError) else 3)
-  except KeyboardInterrupt:
-    print("stopped; the same command goes on", file=sys.stderr)
-    sys.exit(130)
   if options.json:
     print(json.dumps(found))
 

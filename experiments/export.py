@@ -16,19 +16,13 @@ import json
 import pathlib
 import sys
 
-from r1jax.errors import UserError
+from experiments import exits
 
 
 def main(argv: list[str]) -> None:
   options = flags().parse_args(argv)
-  try:
+  with exits.in_words("remove what is in --to before the next try"):
     export(options)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print("stopped; remove what is in --to before the next try", file=sys.stderr)
-    sys.exit(130)
   names = sorted(path.name for path in pathlib.Path(options.to).iterdir())
   print(f"{options.to}: {', '.join(names)}")
 

