@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parent
 SOURCE = (ROOT / "r1jax/__init__.py").read_text()
 VERSION = re.search(r'__version__ = "(.*)"', SOURCE)[1]
 
+REPOSITORY = "https://github.com/r1jax/r1jax"  # colab/badges.py reads it too
 JAX = "jax{}>=0.10.2,<0.13"
 
 setup(
@@ -17,6 +18,7 @@ setup(
   description="DeepSeek-R1 in JAX: R1-Zero on a laptop, GRPO in one compiled program",
   long_description=(ROOT / "README.md").read_text(),
   long_description_content_type="text/markdown",
+  url=REPOSITORY,
   license="Apache-2.0",
   python_requires=">=3.11",
   # The folder kernels/ is r1jax.kernels: Hugging Face ships a package named kernels.

@@ -1,7 +1,8 @@
 """Runs beside each other, each an arm: what it changes of a preset.
 
 A run that has ended is not run again, one that was stopped goes on, and those that
-begin with the same base share it. Each has a core and a process of its own.
+begin with the same base share it, from the moment that one of them has trained it.
+Each has a core and a process of its own.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -90,11 +91,13 @@ def run(
   cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
   free = [[core] for core in cores][: jobs or None] or [[]] * max(jobs, 1)
   left = [pair for pair in wanted if not ended(folder_of(root, *pair))]
+  bases = {pair: root / "bases" / arms[pair[0]].base(pair[1]) for pair in left}
   total, going, failed = len(left), {}, []
   try:
     while left or going:
-      making = {arms[name].base(seed) for name, seed in going}
-      pair = next((p for p in left if begins(root, arms, p, making)), None)
+      # A base that a run is making is waited for.
+      making = {bases[p] for p in going if not bases[p].exists()}
+      pair = next((p for p in left if bases[p] not in making), None)
       if free and pair:
         left.remove(pair)
         core = free.pop()
@@ -103,17 +106,18 @@ def run(
         continue
       time.sleep(0.2)
       for pair, (process, core, begun) in list(going.items()):
-        if process.poll() is None:
+        folder, code = folder_of(root, *pair), process.poll()
+        if code == 0 or trained(folder):
+          keep_base(folder, bases[pair])
+        if code is None:
           continue
         del going[pair]
         free.append(core)
         name = f"{pair[0]}, seed {pair[1]}"
-        if process.returncode:
-          log = folder_of(root, *pair).with_suffix(".log")
-          failed.append(f"{name}: exit code {process.returncode}, {log}")
+        if code:
+          failed.append(f"{name}: exit code {code}, {folder.with_suffix('.log')}")
           say(failed[-1])
           continue
-        keep_base(root, arms[pair[0]], *pair)
         say(f"{name}: {time.monotonic() - begun:.0f} s")
   finally:
     for process, *_ in going.values():
@@ -122,12 +126,10 @@ def run(
   return failed
 
 
-def begins(
-  root: pathlib.Path, arms: Mapping[str, Arm], pair: Pair, making: set[str]
-) -> bool:
-  """Whether a run may begin: its base is there, or no other run is making it."""
-  base = arms[pair[0]].base(pair[1])
-  return base not in making or (root / "bases" / base).exists()
+def trained(folder: pathlib.Path) -> bool:
+  """Whether a run's base is whole: RL has a folder of checkpoints only when the last of
+  the base's is on the disk."""
+  return (folder / "checkpoints" / "rl").exists()
 
 
 def start(
@@ -150,10 +152,15 @@ def start(
   return process
 
 
-def keep_base(root: pathlib.Path, arm: Arm, name: str, seed: int) -> None:
-  """Leaves a run's base for others that begin with the same."""
-  made = folder_of(root, name, seed) / "checkpoints" / "pretrain"
-  kept = root / "bases" / arm.base(seed)
+def keep_base(folder: pathlib.Path, kept: pathlib.Path) -> None:
+  """Leaves a run's base for others that begin with the same.
+
+  Args:
+    folder: of the run.
+    kept: where the others look for it.
+  """
+  made, partial = folder / "checkpoints" / "pretrain", kept.with_suffix(".partial")
   if made.exists() and not kept.exists():
-    shutil.copytree(made, kept.with_suffix(".partial"), dirs_exist_ok=True)
-    kept.with_suffix(".partial").rename(kept)
+    shutil.rmtree(partial, ignore_errors=True)  # of a copy that was stopped
+    shutil.copytree(made, partial)
+    partial.rename(kept)

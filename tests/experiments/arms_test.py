@@ -42,6 +42,37 @@ def test_a_base_is_made_once_and_then_shared(tmp_path, begun):
   assert len(list((tmp_path / "bases").iterdir())) == 2
 
 
+def test_a_base_is_shared_while_the_run_that_made_it_goes_on(tmp_path, monkeypatch):
+  seen = []
+
+  def start(root, arm, name, seed, core):
+    folder = arms.folder_of(root, name, seed) / "checkpoints"
+    base = root / "bases" / arm.base(seed)
+    seen.append((name, sorted(x.name for x in base.glob("*"))))
+    # The first trains a base, leaves it in two steps, and ends when the other has.
+    text = f"""
+import pathlib, time
+folder, seen = pathlib.Path({str(folder)!r}), pathlib.Path({str(tmp_path / "ended")!r})
+(folder / "pretrain" / "600").mkdir(parents=True)
+time.sleep(0.5)
+(folder / "pretrain" / "900").mkdir()
+(folder / "rl").mkdir()
+until = time.monotonic() + 20
+while {name == "one"} and not seen.exists():
+  assert time.monotonic() < until
+  time.sleep(0.05)
+seen.touch()
+"""
+    return subprocess.Popen([sys.executable, "-c", text])
+
+  monkeypatch.setattr(arms, "start", start)
+  wanted = [("one", 0), ("three", 0)]
+  free = {0, 1}  # two cores, whatever this machine has
+  monkeypatch.setattr(arms.os, "sched_getaffinity", lambda _: free, raising=False)
+  assert not arms.run(tmp_path, ARMS, wanted, say=lambda text: None)
+  assert seen == [("one", []), ("three", ["600", "900"])]
+
+
 def test_a_failure_is_named_and_the_others_run(tmp_path, begun):
   said = []
   wanted = [("two", 0), ("one", 0)]
