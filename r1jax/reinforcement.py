@@ -69,38 +69,15 @@ def reinforce(
     makes plain.
   """
   c = this.config
-  begin, shardings = beginning(this)
   if stream is None:
     pool = c.prompts * settings.objective(c).pool
     stream = problems.stream(len(this.train.ids), pool, seed=c.seed)
   key = jax.random.fold_in(jax.random.key(c.seed), 1)
   checkpoints = Checkpoints(this.workdir / "checkpoints" / "rl", say=this.progress.say)
-  shapes = jax.eval_shape(begin, params, router)
-  found = resumed(this, checkpoints, "rl", shapes.kept, shardings.kept)
-  step = found.step if found else 0
-  if this.host_reward:
-    this.host_reward.journal.resume(step)
-  if found:
-    state = found.state
-    stream.set_state(found.host["stream"])
-  adapters, _ = adapters_of(this)
-  frozen = None
-  if adapters or not step:
-    first = compiled(this, begin, params, router, out_shardings=shardings)(
-      params, router
-    )
-    state = state.on(first) if step else first
-  if adapters:
+  state, step, frozen = begun(this, params, router, stream, checkpoints)
+  if frozen:
     jax.tree.map(lambda x: x.delete(), params)
     params = lora.frozen(state.params)
-    frozen = digest.of_tree(params)[0]
-    if found:
-      check_base(this.workdir, found.host.get("frozen") or frozen, frozen)
-  evaluated = step if step else -1
-  done = {"rl": step, "eval": evaluated, "examined": evaluated}
-  for file in (this.metrics, this.samples, this.traces):
-    file.roll_back(done)
-
   evaluator = Evaluator(this, (params, router), state)
 
   def evaluate(state: Any, step: int) -> None:
@@ -152,16 +129,9 @@ def reinforce(
     if last or step % c.eval.every == 0:
       stragglers.look(step, this.host_reward.seconds if this.host_reward else 0.0)
       evaluate(state, step)
-      rows, drop = this.metrics.phase, c.reward.alarm.hacking
-      for phase, score in (("eval", "pass_at_1"), ("examined", "helpfulness")):
-        if warning := diagnostics.hacked(rows("rl"), rows(phase), drop, score):
-          this.progress.say(f"update {step}: {warning}")
     # The figures of a rollout are read while the next one is under way.
     if last or step % c.eval.every == 0 or step == early:
-      for complaint in doctor.examine(this.metrics.phase("rl")):
-        if complaint.name not in complaints:
-          this.progress.say(f"update {step}: {complaint.name}: {complaint.text}")
-          complaints.add(complaint.name)
+      warn(this, step, complaints)
     if saves:
       with this.clock.phase("save", step=step):
         host = {**host_state(this), "stream": stream.get_state(), "frozen": frozen}
@@ -174,6 +144,52 @@ def reinforce(
   if step < c.steps and not last:
     preemption.leave()
   return state.params, state.router
+
+
+def begun(
+  this: Run, params: Any, router: Any, stream: Iterator, checkpoints: Checkpoints
+) -> tuple[Any, int, dict | None]:
+  """Where RL begins, or goes on: files are rolled back to it, the stream is set.
+
+  Returns:
+    (state, updates done, checksums of the weights under adapters or None).
+  """
+  begin, shardings = beginning(this)
+  shapes = jax.eval_shape(begin, params, router)
+  found = resumed(this, checkpoints, "rl", shapes.kept, shardings.kept)
+  step, state, frozen = 0, None, None
+  if found:
+    step, state = found.step, found.state
+    stream.set_state(found.host["stream"])
+  adapters, _ = adapters_of(this)
+  if adapters or not found:
+    make = compiled(this, begin, params, router, out_shardings=shardings)
+    first = make(params, router)
+    state = state.on(first) if found else first
+  if adapters:
+    frozen = digest.of_tree(lora.frozen(state.params))[0]
+    if found:
+      check_base(this.workdir, found.host.get("frozen") or frozen, frozen)
+  if this.host_reward:
+    this.host_reward.journal.resume(step)
+  evaluated = step if step else -1
+  done = {"rl": step, "eval": evaluated, "examined": evaluated}
+  for file in (this.metrics, this.samples, this.traces):
+    file.roll_back(done)
+  return state, step, frozen
+
+
+def warn(this: Run, step: int, made: set[str]) -> None:
+  """Says what the figures so far complain of. Args: made: complaints that have been
+  made, once each; it grows."""
+  rows, drop = this.metrics.phase, this.config.reward.alarm.hacking
+  for phase, score in (("eval", "pass_at_1"), ("examined", "helpfulness")):
+    if warning := diagnostics.hacked(rows("rl"), rows(phase), drop, score):
+      this.progress.say(f"update {step}: {warning}")
+  for complaint in doctor.examine(rows("rl")):
+    if complaint.name not in made:
+      this.progress.say(f"update {step}: {complaint.name}: {complaint.text}")
+      made.add(complaint.name)
 
 
 def check_base(workdir: pathlib.Path, then: dict, now: dict) -> None:

@@ -3,6 +3,7 @@
 JAX_PLATFORMS=cuda runs the tests of kernels on a GPU, where they are not interpreted.
 """
 
+import gc
 import os
 import pathlib
 import signal
@@ -56,6 +57,7 @@ MAPS, MOST = pathlib.Path("/proc/self/maps"), 30_000
 @pytest.fixture(autouse=True, scope="module")
 def maps():
   yield
+  gc.freeze()  # compiled programs: looking through them takes seconds each time
   if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST:
     jax.clear_caches()
 

@@ -363,7 +363,13 @@ def half_filled() -> tuple[Slots, Slots]:
   return half, alone
 
 
-@pytest.fixture(scope="module", params=AGGREGATIONS)
+@pytest.fixture(
+  scope="module",
+  params=[
+    AGGREGATIONS[0],
+    *(pytest.param(x, marks=pytest.mark.slow) for x in AGGREGATIONS[1:]),
+  ],
+)
 def updates(request):
   """Plain gradient descent on the half-filled slots and on the filled alone."""
   full = request.param == "seq-mean-token-mean"  # the others leave out what takes long
@@ -538,6 +544,7 @@ def test_segments_give_the_numbers_of_the_whole_step(one):
     compare((host(state), host(rollout), golden.figures(metrics)), want)
 
 
+@pytest.mark.slow
 def test_a_step_on_eight_devices_is_that_on_one(run, one):
   found = run((2, 2, 2), jax.devices())
   for got, want in zip(

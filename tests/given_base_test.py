@@ -3,8 +3,6 @@ from text, resumes, and answers through `generate`."""
 
 import json
 import re
-import subprocess
-import sys
 
 from flax import linen as nn
 import jax
@@ -14,13 +12,12 @@ import pytest
 
 from experiments import command as commands
 from experiments import export, generate
-from r1jax import prompts
-from r1jax import run as runs
+from r1jax import prompts, trained
 from r1jax.models import config as sizes
 from r1jax.models import hf
 from r1jax.models.policy import Policy, init
 from r1jax.models.sequence import Sequence
-from tests import published
+from tests import forked, published
 
 SMALL = [
   *("--config.pretrain.steps=0", "--config.data.template=chat"),
@@ -50,11 +47,7 @@ def checkpoint(tmp_path_factory):
 
 
 def command(module, *arguments):
-  return subprocess.run(
-    [sys.executable, "-m", f"experiments.{module}", *arguments],
-    capture_output=True,
-    text=True,
-  )
+  return forked.run(f"experiments.{module}", *arguments, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +65,7 @@ def finished(checkpoint, tmp_path_factory):
 def test_it_begins_with_the_checkpoints_weights_and_moves_them(finished, checkpoint):
   workdir, _ = finished
   assert json.loads((workdir / "summary.json").read_text())["final"]["step"] == 2
-  kept = runs.load(workdir)
+  kept = trained.load(workdir)
   assert kept.policy.config.vocab == 262
   before, after = (jax.tree.leaves(tree) for tree in (checkpoint[1], kept.params))
   moved = [float(np.abs(a - b).max()) for a, b in zip(before, after, strict=True)]
@@ -106,7 +99,7 @@ def test_a_published_checkpoint_answers_a_users_turn(checkpoint, capsys):
     [*("--from", str(checkpoint[0]), "--prompt", "1 + 2"), "--json", "--max-tokens=4"]
   )
   (prompt,) = json.loads(capsys.readouterr().out)
-  kept = runs.load(checkpoint[0])
+  kept = trained.load(checkpoint[0])
   assert prompt == kept.tokenizer.chat.render([{"role": "user", "content": "1 + 2"}])
 
 
@@ -116,7 +109,7 @@ def test_what_was_trained_goes_out_as_transformers_loads_it(finished, tmp_path, 
   said = ["--from", str(finished[0]), "--to", str(tmp_path / "out")]
   export.main([*said, "--dtype=float32"])
   assert "model.safetensors" in capsys.readouterr().out
-  kept = runs.load(finished[0])
+  kept = trained.load(finished[0])
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
   text = prompts.user_turn("1 + 2", kept.tokenizer)
@@ -136,7 +129,7 @@ def test_what_was_trained_goes_out_as_transformers_loads_it(finished, tmp_path, 
 
 
 def test_the_base_of_a_run_is_the_checkpoint(finished, checkpoint):
-  base = runs.load(finished[0], base=True)
+  base = trained.load(finished[0], base=True)
   jax.tree.map(np.testing.assert_array_equal, base.params, checkpoint[1])
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from r1jax import events, trained
 from r1jax.goodput import Goodput
+from tests import forked
 
 pytestmark = pytest.mark.xdist_group("loop")  # they share runs
 
@@ -49,7 +50,8 @@ def command(workdir: pathlib.Path, cache: pathlib.Path, *more: str) -> list[str]
 
 
 def run(*args, **kwargs) -> subprocess.CompletedProcess:
-  return subprocess.run(command(*args, **kwargs), capture_output=True, text=True)
+  _, _, *line = command(*args, **kwargs)
+  return forked.run(*line, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +175,8 @@ def small_disk(tmp_path):
   subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.parametrize(
-  "left",  # bytes: for figures and not for a state, or for nothing
-  [pytest.param(200_000, marks=pytest.mark.slow), 0],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [200_000, 0])  # bytes: for figures, or for nothing
 def test_a_full_disk_stops_it_and_costs_nothing(finished, cache, small_disk, left):
   workdir, filler = small_disk / "run", small_disk / "filler"
   first = workdir / "checkpoints" / "rl" / "4"
@@ -310,6 +310,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_step(
   assert rows(workdir) == rows(finished[0])
 
 
+@pytest.mark.slow  # tests/chaos.py kills one at random, by default
 def test_a_killed_run_ends_where_it_would_have_ended(finished, cache, tmp_path):
   """SIGKILL in the middle of RL; the same command again gives the same metrics."""
   workdir = tmp_path / "killed"

@@ -28,8 +28,8 @@ from r1jax import (
   sft,
   sharding,
   train_state,
+  trained,
 )
-from r1jax import run as runs
 from r1jax.checkpoint import Checkpoints
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
@@ -513,10 +513,10 @@ def test_a_run_is_loaded_merged(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints" / phase)
     checkpoints.save(2, dict(params=params, router=router), {"version": 1})
     checkpoints.close()
-  kept = runs.load(tmp_path)
+  kept = trained.load(tmp_path)
   assert_same(kept.params, lora.merged(adapted), rtol=1e-6, atol=1e-6)
-  assert_same(runs.load(tmp_path, base=True).params, lora.frozen(adapted))
-  assert_same(runs.load(tmp_path, merged=False).params, adapted)
+  assert_same(trained.load(tmp_path, base=True).params, lora.frozen(adapted))
+  assert_same(trained.load(tmp_path, merged=False).params, adapted)
 
 
 # -- what is refused -------------------------------------------------------------------

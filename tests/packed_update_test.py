@@ -181,7 +181,9 @@ def test_an_update_is_that_of_an_output_a_row(case):
   check(updated(policy, pack=WIDTH, **changes), by_rows(case))
 
 
-@pytest.mark.parametrize("case", ["gqa", "mla-experts"])
+@pytest.mark.parametrize(
+  "case", [pytest.param("gqa", marks=pytest.mark.slow), "mla-experts"]
+)
 def test_an_update_on_a_mesh_is_that_of_one_device(case):
   policy, changes = CASES[case]
   mesh = mesh_of((2, 1, 1), jax.devices()[:2])

@@ -738,7 +738,7 @@ def undivided(lean):
   return state, golden.figures(metrics), slots
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
+@pytest.mark.parametrize("micro_batches", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_step_is_invariant_to_micro_batches(undivided, micro_batches):
   want_state, want_metrics, slots = undivided
 

@@ -404,8 +404,8 @@ SHARDS = 4
   [
     ((2, 2, 2), "MoE", 0),
     ((2, 2, 2), "dense", 8),
-    ((4, 1, 2), "MoE", 8),
-    ((4, 1, 2), "MoE", 4),
+    pytest.param((4, 1, 2), "MoE", 8, marks=pytest.mark.slow),
+    pytest.param((4, 1, 2), "MoE", 4, marks=pytest.mark.slow),
   ],
 )
 def test_a_mesh_writes_the_tokens_of_one_device_with_a_queue_a_shard(

@@ -60,17 +60,20 @@ def one():
   return run({}, POLICIES["dense"])
 
 
-# Every axis alone, and mixtures.
+# Every axis alone, and mixtures; by default each axis once.
 CUTS = [
+  (dict(context=2), "dense"),
+  (dict(fsdp=2, expert=2, tensor=2), "ragged"),
+  (dict(data=2, expert=2, context=2), "ragged"),
+]
+MORE = [
   (dict(data=8), "dense"),
   (dict(fsdp=8), "dense"),
   (dict(expert=4), "ragged"),
   (dict(tensor=2), "ragged"),
-  (dict(context=2), "dense"),
-  (dict(fsdp=2, expert=2, tensor=2), "ragged"),
-  (dict(data=2, expert=2, context=2), "ragged"),
   (dict(data=2, fsdp=2, tensor=2), "dense"),
 ]
+CUTS += [pytest.param(*cut, marks=pytest.mark.slow) for cut in MORE]
 
 
 @pytest.mark.parametrize("sizes, moe", CUTS, ids=str)

@@ -32,7 +32,9 @@ DENSE = policy.Policy(  # grouped queries below, an MTP module of experts on top
     mtp_depth=1,
   )
 )
-BOTH = pytest.mark.parametrize("network", [DRAFTING, DENSE], ids=["mla", "gqa"])
+BOTH = pytest.mark.parametrize(
+  "network", [DRAFTING, pytest.param(DENSE, marks=pytest.mark.slow)], ids=["mla", "gqa"]
+)
 
 
 @functools.lru_cache

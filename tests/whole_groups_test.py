@@ -109,7 +109,11 @@ def by_rows(case):
 
 
 @pytest.mark.parametrize(
-  ("case", "micro_batches"), [("gqa", 1), ("mla-experts", 2), ("replay", 4), ("mtp", 1)]
+  ("case", "micro_batches"),
+  [
+    *(("gqa", 1), ("mla-experts", 2), ("replay", 4)),
+    pytest.param("mtp", 1, marks=pytest.mark.slow),
+  ],
 )
 def test_an_update_is_that_of_plain_rows(case, micro_batches):
   """Gradient, router biases, metrics, and every token's figures in the rows' order."""

@@ -60,6 +60,7 @@ def positive(found: dict, *names: str) -> None:
     assert found[name] > 0, name
 
 
+@pytest.mark.slow
 def test_the_rollout_and_the_iteration_run_beside_torch(capsys):
   pytest.importorskip("torch")
   pytest.importorskip("transformers", minversion="5.0")

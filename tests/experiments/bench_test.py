@@ -3,12 +3,12 @@
 import json
 import pathlib
 import subprocess
-import sys
 
 import pytest
 
 from experiments.benches import algorithms
 from r1jax import presets
+from tests import forked
 
 RUN = dict(
   seed=0,
@@ -24,8 +24,7 @@ RUN = dict(
 
 
 def bench(*args: str) -> subprocess.CompletedProcess:
-  command = [sys.executable, "-m", "experiments.bench", *args]
-  return subprocess.run(command, capture_output=True, text=True, timeout=280)
+  return forked.run("experiments.bench", *args, timeout=280)
 
 
 def test_there_is_a_row_a_preset_and_ppo_at_two_lambdas():

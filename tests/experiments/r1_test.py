@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from tests import forked
+
 # Sizes at which the base learns enough to give some right answers.
 SMALL = """
   model.width=48 model.heads=2 model.layers=2 pretrain.steps=150 pretrain.rows=24
@@ -31,7 +33,8 @@ def command(*arguments: str, module: str = "r1") -> list[str]:
 
 
 def run(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
-  return subprocess.run(command(*arguments, **kwargs), capture_output=True, text=True)
+  _, _, *line = command(*arguments, **kwargs)
+  return forked.run(*line, timeout=3600)
 
 
 @pytest.mark.parametrize(

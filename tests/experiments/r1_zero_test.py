@@ -5,12 +5,13 @@ import sys
 
 import pytest
 
+from tests import forked
+
 BAD = "experiments/configs/r1_zero.py:nope"
 
 
-def run(*args: str, cwd=None) -> subprocess.CompletedProcess:
-  command = [sys.executable, "-m", "experiments.r1_zero", *args]
-  return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+def run(*arguments: str) -> subprocess.CompletedProcess:
+  return forked.run("experiments.r1_zero", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,8 @@ def test_a_bad_problem_file_names_its_line(content, words, tmp_path):
 
 
 def test_help_names_the_keys():
-  done = run("--help")
+  command = [sys.executable, "-m", "experiments.r1_zero", "--help"]
+  done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 0
   assert "--config.grpo.group_size=16" in done.stdout
   assert "Exit codes" in done.stdout

@@ -98,7 +98,10 @@ CASES = {
 
 @needs_libtpu
 @pytest.mark.parametrize("topology", TPUS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+  "case",
+  [pytest.param(c, marks=[pytest.mark.tpu] * c.startswith("qwen")) for c in CASES],
+)
 def test_kernels_compile_for_tpus(case, topology):
   function, specs, kernels = CASES[case]("mosaic")
   compiled = ahead_of_time.compile_for(topology, function, *specs)
