@@ -1,19 +1,22 @@
 """A run as one HTML page, to open in a browser and to send to somebody.
 
   python -m experiments.report runs/r1_zero-tiny-seed0
+  python -m experiments.report runs/r1_zero-tiny-seed0 --open    # and shows it
   python -m experiments.report runs/r1-tiny-seed0       # a page for each of its stages
 
 Writes report.html into the folder, whether the run goes on or has ended; where the
 folder holds runs (the stages of R1, the seeds of a sweep), into each of theirs. The
-page needs no server and no network. Exit codes: 0 done, 2 a mistake in the command or a
-folder, 130 stopped by Ctrl-C, 1 anything else.
+page needs no server and no network; --open shows it, of several the first. Exit
+codes: 0 done, 2 a mistake in the command or a folder, 130 stopped by Ctrl-C, 1 anything
+else.
 """
 
 import argparse
 import pathlib
 import sys
+import webbrowser
 
-from experiments import folders
+from experiments import exits, folders
 from experiments.configs.r1_zero import get_config
 from r1jax import html_report, settings
 from r1jax.errors import UserError
@@ -24,18 +27,14 @@ FILE = "metrics.jsonl"
 
 def main(argv: list[str]) -> None:
   options = flags().parse_args(argv)
-  try:
-    write(options.folder, options.out)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print("stopped", file=sys.stderr)
-    sys.exit(130)
+  with exits.in_words():
+    pages = write(options.folder, options.out)
+  if options.open and not webbrowser.open(pages[0].resolve().as_uri()):
+    print(f"there is no browser here: open {pages[0]} yourself.", file=sys.stderr)
 
 
-def write(folder: str, out: str | None) -> None:
-  """Writes the pages and prints where they are and their sizes.
+def write(folder: str, out: str | None) -> list[pathlib.Path]:
+  """Writes the pages, prints where they are and their sizes, and returns the files.
 
   Args:
     folder: of a run or of runs.
@@ -50,7 +49,7 @@ def write(folder: str, out: str | None) -> None:
       f"{folder} has {len(found)} runs and --out is one file. Leave it out: each run's"
       " page goes into its own folder."
     )
-  usual = settings.plain(get_config("tiny"))
+  usual, pages = settings.plain(get_config("tiny")), []
   for _, path in found:
     page = html_report.page(path.parent, usual)
     target = pathlib.Path(out) if out else path.parent / "report.html"
@@ -59,6 +58,8 @@ def write(folder: str, out: str | None) -> None:
     except OSError as error:
       raise UserError(f"{target} cannot be written: {error.strerror}.") from error
     print(f"{target}  {target.stat().st_size / 1e6:.2f} MB")
+    pages.append(target)
+  return pages
 
 
 def flags() -> argparse.ArgumentParser:
@@ -69,6 +70,7 @@ def flags() -> argparse.ArgumentParser:
   )
   parser.add_argument("folder", help="of a run")
   parser.add_argument("--out", metavar="FILE", help="instead of FOLDER/report.html")
+  parser.add_argument("--open", action="store_true", help="in a browser")
   return parser
 
 

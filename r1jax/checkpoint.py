@@ -59,6 +59,7 @@ class Checkpoints:
   ):
     """Args: keep: how many of the newest stay; writes: False where another process may
     be writing, whose files are left as they are; say: is told what is passed over."""
+    folder = folder.absolute()  # Orbax reads no other
     self.folder, self.writes, self.say = folder, writes, say
     self.quarantine = folder.parent / "quarantine"
     policies = ocp.training.save_decision_policies

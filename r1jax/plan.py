@@ -183,7 +183,9 @@ def plan(
   """
   limits = chip_of(topology, chip)
   devices = ahead_of_time.devices(topology)
-  settings.check(config, len(devices))
+  of_rl = config.copy_and_resolve_references()
+  of_rl.pretrain.steps = 0  # its rows need not divide over these devices
+  settings.check(of_rl, len(devices))
   mesh = sharding.make_mesh(devices, **config.mesh)
   sizes = sizes_of(config)
   if not 0 <= mean_tokens <= sizes.window:

@@ -364,6 +364,22 @@ def test_the_command_writes_a_page_for_every_run(tmp_path, capsys):
   assert (tmp_path / "one.html").read_text("utf-8").startswith("<!doctype html>")
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_the_first_page_is_shown_where_there_is_a_browser(
+  there, tmp_path, capsys, monkeypatch
+):
+  for name in ("seed0", "seed1"):
+    whole_run(tmp_path / name)
+  shown = []
+  monkeypatch.setattr(command.webbrowser, "open", lambda x: shown.append(x) or there)
+  command.main([str(tmp_path), "--open"])
+  page = tmp_path / "seed0" / "report.html"
+  assert shown == [page.as_uri()] and page.exists()
+  assert (f"open {page} yourself" in capsys.readouterr().err) != there
+  command.main([str(tmp_path)])
+  assert len(shown) == 1
+
+
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys):
   for name in ("seed0", "seed1"):
     whole_run(tmp_path / name)

@@ -104,6 +104,12 @@ def turns_and_cache_are_those_of_the_sizes(config, found):
   assert update["collectives"]["all-to-all"][1] > 0
 
 
+def test_rows_of_pre_training_are_not_asked():
+  """The first of what is refused after the config's checks."""
+  with pytest.raises(UserError, match="mean_tokens=-1"):
+    plan.plan(get_config(), "cpu:8", mean_tokens=-1)
+
+
 @pytest.mark.parametrize(
   "preset, chips, parameters",
   [

@@ -42,7 +42,7 @@ def tiny() -> ConfigDict:
   c.pretrain.mix.update(facts=0.20, bare=0.05, guess=0.36, checked=0.18, request=0.20)
   c.steps = 60  # updates of every RL stage that does not say otherwise
   c.eval.every = 20  # updates
-  c.eval.samples = 8
+  c.eval.samples = 8  # of each held-out sum
   c.checkpoint_every = 10
   c.grpo.traced_groups = 0  # no report of tokens
   c.reward.alarm.hacking = 0.05  # few requests are examined
@@ -52,10 +52,10 @@ def tiny() -> ConfigDict:
 
   # -- cold start (B.3.2)
   c.cold_start = ConfigDict()
-  c.cold_start.prompts = 256  # training sums, half of them with an instruction
+  c.cold_start.prompts = 256  # training sums
   c.cold_start.samples = 4  # a prompt; "several" in the paper
   c.cold_start.temperature = 1.0  # B.3.2
-  c.cold_start.instructed = 0.5  # that half
+  c.cold_start.instructed = 0.5  # share of them with an instruction
   c.cold_start.most_repetition = 0.2  # share of windows of 8 words seen before
   c.cold_start.least_consistency = 0.0  # of the language; the rewriter translates
   c.cold_start.keep = 1  # traces of a prompt
@@ -107,7 +107,7 @@ def tiny() -> ConfigDict:
   c.reward_models.rows = 64  # pairs or labels an update; 256 in the paper
   c.reward_models.micro_batches = 16  # a few rows at a time stay in a core's cache
   c.reward_models.epochs = 3  # of the helpful model; 1 in the paper
-  c.reward_models.safety_epochs = 1
+  c.reward_models.safety_epochs = 1  # of the safety model; 1 in the paper
   c.reward_models.learning_rate = 2e-3  # 6e-6 in the paper
   c.reward_models.schedule = "cosine"  # to a tenth; not stated
   c.reward_models.warmup_steps = 5  # not stated
@@ -126,9 +126,9 @@ def tiny() -> ConfigDict:
   c.rl_2.changes.optimizer = ConfigDict()
   c.rl_2.changes.optimizer.schedule = "constant"  # the window comes last
   c.rl_2.changes.reward = ConfigDict()
-  c.rl_2.changes.reward.format_style = "chat"
+  c.rl_2.changes.reward.format_style = "chat"  # as in stage 1
   c.rl_2.changes.reward.format_weight = 1.0  # Eq. 10
-  c.rl_2.changes.reward.language_weight = 1.0
+  c.rl_2.changes.reward.language_weight = 1.0  # Eq. 8
   c.rl_2.changes.eval = ConfigDict()
   c.rl_2.changes.eval.temperature = 1.0  # as the table's
 
@@ -159,19 +159,19 @@ def tiny() -> ConfigDict:
   c.ppo_baseline = changes()
   c.ppo_baseline.segment_tokens = 0  # PPO's step is one program
   c.ppo_baseline.objective = ConfigDict()
-  c.ppo_baseline.objective.preset = "ppo"
+  c.ppo_baseline.objective.preset = "ppo"  # lambda 1, KL in the reward
   c.ppo_baseline.ppo = ConfigDict()
-  c.ppo_baseline.ppo.value_learning_rate = 1e-3
-  c.ppo_baseline.ppo.value_clip = 0.2
-  c.ppo_baseline.ppo.whiten = True
+  c.ppo_baseline.ppo.value_learning_rate = 1e-3  # as in configs/ppo.py, all three
+  c.ppo_baseline.ppo.value_clip = 0.2  # of values around the old ones; 0: free
+  c.ppo_baseline.ppo.whiten = True  # advantages over the rollout's tokens
 
   # -- the table
   c.report = ConfigDict()
   c.report.problems = 512  # held-out sums
   c.report.samples = 4  # of a sum
   c.report.request_samples = 16  # of a request; there are few of them
-  c.report.temperature = 1.0  # 0.6 and top-p 0.95 in the paper (D.1); there the
-  c.report.top_p = 1.0  # miniature's short answers are nearly all right
+  c.report.temperature = 1.0  # 0.6 in the paper (D.1): there nearly all is right
+  c.report.top_p = 1.0  # 0.95 in the paper (D.1)
   return c
 
 
@@ -185,10 +185,10 @@ def sft() -> ConfigDict:
   c = ConfigDict()
   c.epochs = 2  # 2 or 3
   c.learning_rate = 1e-3  # 5e-5 in the paper
-  c.final_fraction = 0.1  # 5e-5 to 5e-6
+  c.final_fraction = 0.1  # of the rate at the end: 5e-5 to 5e-6 in the paper
   c.warmup_steps = 5  # not stated
   c.rows = 32  # packed rows an update; 128 in the paper
-  c.micro_batches = 4
+  c.micro_batches = 4  # parts of a batch, one after another
   c.width = 0  # tokens a row; 0: the longest page of the corpus; 32,768 in the paper
   c.b2 = 0.95  # not stated
   c.weight_decay = 0.01  # not stated

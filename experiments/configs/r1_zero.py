@@ -7,7 +7,7 @@ Paper: DeepSeek-R1, arXiv 2501.12948v2, section 2 and supplement B.4.1.
 
 tiny   2 CPU cores, 4 minutes. A base of 0.38 M parameters is pre-trained on synthetic
        pages about chained sums, then improved by RL. Expected on held-out problems:
-       pass@1 0.24 -> 0.97, three times the length (the README has the table of seeds).
+       pass@1 0.24 -> 0.97, three times the length (docs/results.md has the seeds).
 puzzle 2 CPU cores, 11 minutes. The same on a search: pass@1 0.26 -> 0.74, four times
        the length, ten times the tries.
 paper  R1-Zero as published, for DeepSeek-V3-Base on a pod: the schedule, the sizes and
@@ -51,7 +51,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 def tiny() -> ConfigDict:
   c = ConfigDict()
-  c.preset = "tiny"
+  c.preset = "tiny"  # the name, for folders and tables
   c.seed = 0  # of weights, corpus, problem order and sampling
   c.seeds = 1  # runs of consecutive seeds, each in its own folder, and a table
   c.mesh = ConfigDict()  # devices along each axis; -1: all that are left
@@ -101,14 +101,14 @@ def tiny() -> ConfigDict:
   c.pretrain.rows = 48  # packed rows a batch
   c.pretrain.width = 0  # tokens a row; 0: the longest page of a sample
   c.pretrain.micro_batches = 8  # 6 rows at a time stay in a core's cache
-  c.pretrain.learning_rate = 4e-3
-  c.pretrain.warmup_steps = 20
-  c.pretrain.b2 = 0.98
-  c.pretrain.weight_decay = 0.02
-  c.pretrain.router_bias_rate = 2e-3
+  c.pretrain.learning_rate = 4e-3  # peak; a cosine to 6 % of it
+  c.pretrain.warmup_steps = 20  # updates
+  c.pretrain.b2 = 0.98  # of AdamW; b1 is 0.9
+  c.pretrain.weight_decay = 0.02  # of matrices
+  c.pretrain.router_bias_rate = 2e-3  # of the aux-loss-free balance, an update
   c.pretrain.mtp_coef = 0.0  # of the MTP loss, with model.mtp_depth=1; 0.3 in V3
   c.pretrain.vocab = 400  # upper bound on the tokenizer's pieces, 256 bytes included
-  c.pretrain.facts_a_page = 4
+  c.pretrain.facts_a_page = 4  # single steps on a page of facts
   c.pretrain.mix = ConfigDict()  # weights of the kinds of pages
   c.pretrain.mix.facts = 0.10  # single true steps
   c.pretrain.mix.bare = 0.10  # a guess without tags
@@ -131,10 +131,10 @@ def tiny() -> ConfigDict:
   c.grpo = ConfigDict()
   c.grpo.group_size = 16  # G, outputs a problem
   c.grpo.minibatches = 2  # updates a rollout
-  c.grpo.micro_batches = 16
+  c.grpo.micro_batches = 16  # parts of a minibatch, one after another
   c.grpo.whole_groups = False  # a minibatch has whole groups; each prompt computed once
   c.grpo.pack = 0  # tokens of a row that outputs share, the longest fits; 0: a row each
-  c.grpo.temperature = 1.0
+  c.grpo.temperature = 1.0  # of sampling, and of every log-probability of the loss
   c.grpo.top_k = 0  # sample from the k most likely tokens; 0: from all
   c.grpo.top_p = 1.0  # sample from the nucleus of this probability; 1: from all
   c.grpo.min_p = 0.0  # and from tokens this times as likely as the likeliest; 0: all
@@ -145,22 +145,22 @@ def tiny() -> ConfigDict:
   c.grpo.record_experts = True  # the router's choices: for replay, and experts_changed
   c.grpo.speculative = "off"  # "on": drafts by the MTP module; "auto": where it pays
   c.grpo.keep_sampling_mask = True  # the ratio is taken over the sampled support
-  c.grpo.reference_refresh = 40  # updates
-  c.grpo.router_bias_rate = 1e-3
-  c.grpo.freeze_router_bias = False
+  c.grpo.reference_refresh = 40  # updates, then the policy is the reference; 0: never
+  c.grpo.router_bias_rate = 1e-3  # of the aux-loss-free balance, an update
+  c.grpo.freeze_router_bias = False  # the balance stands still in RL
   c.grpo.balance_coef = 0.0  # of the sequence-wise balance loss; 1e-4 in V3
   c.grpo.mtp_coef = 0.0  # of the MTP loss, with model.mtp_depth=1
   c.grpo.routing_replay = False  # the update uses the experts the sampler chose
   c.grpo.traced_groups = 2  # groups whose tokens are kept for the report
   c.objective = objective_options()
   c.optimizer = ConfigDict()
-  c.optimizer.learning_rate = 2e-4
+  c.optimizer.learning_rate = 2e-4  # peak
   c.optimizer.schedule = "cosine"  # to a tenth; not stated in the paper
-  c.optimizer.warmup_steps = 5
-  c.optimizer.b1 = 0.9
-  c.optimizer.b2 = 0.95
-  c.optimizer.weight_decay = 0.0
-  c.optimizer.clip_norm = 1.0
+  c.optimizer.warmup_steps = 5  # updates
+  c.optimizer.b1 = 0.9  # of AdamW
+  c.optimizer.b2 = 0.95  # of AdamW
+  c.optimizer.weight_decay = 0.0  # of matrices
+  c.optimizer.clip_norm = 1.0  # of the whole gradient
   c.optimizer.moments = "float32"  # or "bfloat16": half the memory of AdamW's moments
   c.lora = ConfigDict()  # RL of low-rank adapters (r1jax/lora.py); the base is frozen
   c.lora.rank = 0  # r; 0: all weights are learned
@@ -168,7 +168,7 @@ def tiny() -> ConfigDict:
   c.lora.targets = ("attention",)  # "attention", "ffn" of dense layers, "shared" and
   # routed "experts"; or matrices of attention: "w_q", "w_k", "w_v", "w_o", "w_dkv", ...
   c.reward = ConfigDict()
-  c.reward.accuracy_weight = 1.0
+  c.reward.accuracy_weight = 1.0  # Eq. 4
   c.reward.format_weight = 0.5  # Differs: 1 in the paper; a base that only guesses
   # would learn the format alone before it finds the working
   c.reward.format_style = "tags"  # or "chat": thinking, then a reply in any form
@@ -187,18 +187,18 @@ def tiny() -> ConfigDict:
   c.reward.code_seconds = 6.0  # a program on one input, or one call of it
   c.reward.code_total_seconds = 60.0  # a program on all its tests
   c.reward.code_cpu_seconds = 5  # a run of it
-  c.reward.code_memory_mib = 512
+  c.reward.code_memory_mib = 512  # of a program
   c.reward.alarm = ConfigDict()  # say so where more of a step's samples end like this
-  c.reward.alarm.infrastructure = 0.01
-  c.reward.alarm.timeout = 0.2
-  c.reward.alarm.memory = 0.2
-  c.reward.alarm.forbidden = 0.05
+  c.reward.alarm.infrastructure = 0.01  # share of samples lost by our own side
+  c.reward.alarm.timeout = 0.2  # too slow
+  c.reward.alarm.memory = 0.2  # too large
+  c.reward.alarm.forbidden = 0.05  # a program that did what it must not
   c.reward.alarm.hacking = 0.02  # pass@1 lost while a reward model's rewards rise
 
   # -- evaluation and files
   c.eval = ConfigDict()
-  c.eval.problems = 64
-  c.eval.samples = 16
+  c.eval.problems = 64  # held out
+  c.eval.samples = 16  # of each
   c.eval.every = 20  # updates
   c.eval.temperature = placeholder(float)  # None: that of RL
   c.watchdog_minutes = 60.0  # with no phase ended, end with code 42; 0: wait for ever
@@ -210,12 +210,12 @@ def tiny() -> ConfigDict:
 def model_options(preset: str) -> ConfigDict:
   """The policy: a preset of r1jax/models/config.py, and sizes that differ from it."""
   m = ConfigDict()
-  m.preset = preset
+  m.preset = preset  # a function of r1jax/models/config.py
   m.folder = ""  # of a Hugging Face checkpoint: its sizes, weights and tokenizer
   for size in ("width", "layers", "dense_layers", "heads", "kv_latent", "experts"):
     m[size] = placeholder(int)  # None keeps the preset's
   for size in ("active_experts", "mtp_depth", "kv_heads", "head_dim"):
-    m[size] = placeholder(int)
+    m[size] = placeholder(int)  # None keeps the preset's
   m.dtype = placeholder(str)  # of activations: "float32", "bfloat16"
   m.moe = placeholder(str)  # "dense": every expert on every token; "ragged"
   m.expert_capacity = placeholder(float)  # room of an exchange over its even share

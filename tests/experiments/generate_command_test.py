@@ -64,6 +64,12 @@ def test_a_prompt_is_answered_in_the_runs_template(capsys, folder):
   assert found != other
 
 
+def test_a_folder_may_be_named_from_where_one_is(capsys, folder, monkeypatch):
+  monkeypatch.chdir(folder.parent)
+  flags = ("--prompt", "4 + 3", "--temperature", "0")
+  assert said(capsys, folder.name, *flags) == said(capsys, folder, *flags)
+
+
 def test_the_likeliest_tokens_are_those_of_the_full_forward_pass(capsys, folder):
   from r1jax import trained
 
