@@ -14,7 +14,7 @@
   python -m experiments.bench smollm2               # GRPO and LoRA on a published model
 
 A stopped benchmark of algorithms or of smollm2 goes on where it was. Exit codes: 0
-done, 2 a mistake in the command, 130 stopped by Ctrl-C, 1 anything else.
+done, 2 a mistake in the command, 42 stopped by SIGTERM, 130 by Ctrl-C, 1 anything else.
 """
 
 import argparse

@@ -9,8 +9,8 @@ Runs lie in --workdir, a folder an arm and seed: what has ended is not run again
 was stopped goes on, and arms that begin with the same base share it. Each core has a
 run of its own. Verdicts: shown, where the 95 % interval over seeds is above what the
 claim says; opposite, where it is below; else not shown. --write puts the table and the
-figure into docs/. Exit codes: 0 done, 1 a run failed, 2 a mistake in the command, 130
-stopped by Ctrl-C.
+figure into docs/. Exit codes: 0 done, 1 a run failed, 2 a mistake in the command, 42
+stopped by SIGTERM, 130 by Ctrl-C: the runs under way are stopped with it.
 """
 
 import argparse

@@ -12,8 +12,8 @@ Face checkpoint. A run is asked what it held out; a benchmark's file is yours to
 Defaults are the paper's: temperature 0.6, top-p 0.95, 32,768 tokens, and as many
 samples as it draws for the benchmark; of generated problems 16, and of a run its own
 window. Everything is kept in --out: the same command goes on where it was stopped. Exit
-codes: 0 done, 2 a mistake in the command or a file, 3 logits that are not finite, 130
-stopped by Ctrl-C, 1 anything else.
+codes: 0 done, 2 a mistake in the command or a file, 3 logits that are not finite, 42
+stopped by SIGTERM, 130 by Ctrl-C, 1 anything else.
 """
 
 import argparse

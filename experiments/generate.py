@@ -10,8 +10,8 @@
 checkpoint answers, or with --base the base before RL. A prompt is put into the run's
 template, unless it is --raw. Or it is the folder of a Hugging Face checkpoint, and a
 prompt is a user's turn in its chat template. Exit codes: 0 done, 2 a mistake in the
-command or the folder, 3 logits that are not finite, 130 stopped by Ctrl-C, 1 anything
-else.
+command or the folder, 3 logits that are not finite, 42 stopped by SIGTERM, 130 by
+Ctrl-C, 1 anything else.
 """
 
 import argparse

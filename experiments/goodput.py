@@ -6,8 +6,8 @@
 Reads events.jsonl of each folder; of one that has none, those of the folders in it (the
 stages of R1, the seeds of a sweep). Sums over all processes that worked there: a run
 that was stopped and started again counts what it lost in between, and the steps that it
-computed twice. Exit codes: 0 done, 2 a mistake in the command or a folder, 130 stopped
-by Ctrl-C, 1 anything else.
+computed twice. Exit codes: 0 done, 2 a mistake in the command or a folder, 42 stopped
+by SIGTERM, 130 by Ctrl-C, 1 anything else.
 """
 
 import argparse

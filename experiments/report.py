@@ -7,8 +7,8 @@
 Writes report.html into the folder, whether the run goes on or has ended; where the
 folder holds runs (the stages of R1, the seeds of a sweep), into each of theirs. The
 page needs no server and no network; --open shows it, of several the first. Exit
-codes: 0 done, 2 a mistake in the command or a folder, 130 stopped by Ctrl-C, 1 anything
-else.
+codes: 0 done, 2 a mistake in the command or a folder, 42 stopped by SIGTERM, 130 by
+Ctrl-C, 1 anything else.
 """
 
 import argparse

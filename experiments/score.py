@@ -7,8 +7,8 @@
 A line holds {"completion": "...", "answer": "..."}, or a program's completion with
 "tests"; "problem" may stand too. A reward of yours is a function (completion, problem)
 -> number. Prints the mean of each reward and how many samples ended how; --out keeps
-every sample's rewards. Exit codes: 0 done, 2 a mistake in the command or a file, 130
-stopped by Ctrl-C, 1 anything else.
+every sample's rewards. Exit codes: 0 done, 2 a mistake in the command or a file, 42
+stopped by SIGTERM, 130 by Ctrl-C, 1 anything else.
 """
 
 import argparse

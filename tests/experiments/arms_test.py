@@ -1,12 +1,14 @@
 """Runs beside each other: bases are shared, what has ended stays, failures are named.
 Nothing is trained here."""
 
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from experiments import arms
+from experiments import arms, exits
 from experiments.arms import Arm
 from r1jax.errors import UserError
 
@@ -80,6 +82,21 @@ def test_a_failure_is_named_and_the_others_run(tmp_path, begun):
   assert len(failed) == 1 and "two, seed 0: exit code 3" in failed[0]
   assert "seed_0.log" in failed[0] and failed[0] in said
   assert [row[:2] for row in begun] == wanted
+
+
+def test_a_run_under_way_ends_with_the_command(tmp_path, monkeypatch):
+  going = []
+
+  def start(*_):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    going.append(process)
+    return process
+
+  monkeypatch.setattr(arms, "start", start)
+  with pytest.raises(SystemExit, match="42"), exits.in_words():
+    say = lambda text: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    arms.run(tmp_path, ARMS, [("one", 0)], say=say)
+  assert going[0].poll() is not None
 
 
 def test_what_has_ended_is_not_run_again(tmp_path, begun):

@@ -326,7 +326,8 @@ def test_an_unwritable_out_is_said_before_hours_of_scoring(file, rules, tmp_path
 # -- how it ends otherwise -------------------------------------------------------------
 
 
-def test_ctrl_c_ends_it_with_code_130(tmp_path, rules):
+@pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 42)])
+def test_a_signal_ends_it(tmp_path, rules, sent, code):
   path = write(tmp_path / "many.jsonl", [LINE] * 1000)
   args = [path, "--maths=exact", f"--rewards=accuracy,{rules}:slow", "--workers=2"]
   line = [sys.executable, "-m", "experiments.score", *map(str, args)]
@@ -335,9 +336,9 @@ def test_ctrl_c_ends_it_with_code_130(tmp_path, rules):
     end = time.monotonic() + SECONDS
     while not (tmp_path / "called").exists() and time.monotonic() < end:
       time.sleep(0.02)
-    os.kill(running.pid, signal.SIGINT)
+    os.kill(running.pid, sent)
     out, err = running.communicate(timeout=SECONDS)
-  assert running.returncode == 130, err
+  assert running.returncode == code, err
   assert "stopped" in err and "Traceback" not in err and not out.strip()
 
 
