@@ -16,7 +16,7 @@ from experiments import arms
 from experiments.arms import Arm
 from experiments.claim_arms import QUICK
 from experiments.claim_table import Arms
-from r1jax import settings
+from r1jax import config_checks, settings
 from r1jax.errors import UserError
 
 ROOT = pathlib.Path("runs/notebooks")
@@ -78,7 +78,7 @@ def arm(changes: Mapping, module: str = "r1_zero", sizes: Mapping = SIZES) -> Ar
   made = Arm(module, {**sizes, **(SMALL[module] if small() else {}), **changes})
   config = made.config(0)
   if module != "r1":
-    settings.check(config, 1)
+    config_checks.check(config, 1)
   return made
 
 

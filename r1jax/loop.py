@@ -20,6 +20,7 @@ import rich.console
 
 from r1jax import (
   attempts,
+  config_checks,
   fine_tuning,
   html_report,
   lock,
@@ -52,7 +53,7 @@ PROGRAMS = (
 def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
   """A whole run, or what is left of it. Returns the summary."""
   console = rich.console.Console(quiet=jax.process_index() > 0)
-  settings.check(config, len(jax.devices()))
+  config_checks.check(config, len(jax.devices()))
   if not (config.pretrain.steps or config.model.folder or config.init_from):
     raise UserError(
       "config.pretrain.steps=0: RL starts from a base. Name a Hugging Face checkpoint"

@@ -27,6 +27,7 @@ import rich.console
 
 from r1jax import (
   ahead_of_time,
+  config_checks,
   experience,
   grpo,
   program_cost,
@@ -185,7 +186,7 @@ def plan(
   devices = ahead_of_time.devices(topology)
   of_rl = config.copy_and_resolve_references()
   of_rl.pretrain.steps = 0  # its rows need not divide over these devices
-  settings.check(of_rl, len(devices))
+  config_checks.check(of_rl, len(devices))
   mesh = sharding.make_mesh(devices, **config.mesh)
   sizes = sizes_of(config)
   if not 0 <= mean_tokens <= sizes.window:

@@ -28,7 +28,7 @@ from experiments import command as commands
 from experiments import reference
 from experiments.configs import ppo, r1, r1_zero
 import r1jax
-from r1jax import grpo, plan, settings
+from r1jax import config_checks, grpo, plan, settings
 
 pages = pytest.mark.parametrize("page", PAGES, ids=documents.name_of)
 # What a reader puts there: a word in capitals, or dots.
@@ -139,7 +139,7 @@ def checked(config: ConfigDict, c: documents.Command) -> None:
   if c.module == "experiments.plan":
     config = config.copy_and_resolve_references()
     config.pretrain.steps = 0
-  settings.check(config, count)
+  config_checks.check(config, count)
 
 
 def fault(c: documents.Command) -> str:

@@ -32,7 +32,7 @@ RANKS = [
     "r1jax.data r1jax.settings r1jax.checkpoint r1jax.metrics r1jax.report"
     " r1jax.progress r1jax.token_report r1jax.goodput r1jax.profiling r1jax.doctor",
     "r1jax.trained r1jax.agreement r1jax.attempts r1jax.watchdog r1jax.html_report",
-    "r1jax.stragglers",
+    "r1jax.stragglers r1jax.config_checks",
     "r1jax.evals r1jax.run r1jax.launch",
     "r1jax.evaluator r1jax.plan r1jax.evals.answers",
     "r1jax.plan_search r1jax.evals.evaluation",

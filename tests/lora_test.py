@@ -19,6 +19,7 @@ from experiments.configs import ppo as ppo_config
 from experiments.configs import r1 as r1_config
 from experiments.configs.r1_zero import get_config
 from r1jax import (
+  config_checks,
   distillation,
   fine_tuning,
   lora,
@@ -548,7 +549,7 @@ def test_a_mistake_names_what_came_and_what_to_do(get, changes, words):
       section, _, name = key.rpartition(".")
       config[section or "lora"][name] = value
   with pytest.raises(UserError, match=words):
-    settings.check(config, 1)
+    config_checks.check(config, 1)
 
 
 @pytest.mark.parametrize(
@@ -559,7 +560,7 @@ def test_adapters_pass_the_checks(get):
   with config.unlocked():
     config.lora.rank = 4
     config.lora.targets = ("w_uq", "ffn", "shared", "experts")
-  settings.check(config, 1)
+  config_checks.check(config, 1)
 
 
 def test_adapters_of_another_base_are_refused():

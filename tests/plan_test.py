@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments.configs.r1_zero import get_config
-from r1jax import ahead_of_time, plan, program_cost, settings, sharding
+from r1jax import ahead_of_time, config_checks, plan, program_cost, sharding
 from r1jax.errors import UserError
 from r1jax.models import policy as policy_lib
 
@@ -124,7 +124,7 @@ def test_presets_of_published_models_are_planned_without_them(
   config = get_config(preset)
   assert config.model.folder
   planned = plan.of_preset(config)
-  settings.check(planned, chips)
+  config_checks.check(planned, chips)
   sizes = plan.sizes_of(planned)
   assert (sizes.prompt, sizes.window) == (384, config.windows[0][1])
   shapes = nn.unbox(policy_lib.boxes(sizes.policy)[0])

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from experiments.configs.r1_zero import get_config
-from r1jax import settings, xla_flags
+from r1jax import config_checks, settings, xla_flags
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments" / "pods"
 SCRIPTS = sorted(FOLDER.glob("*.sh"))
@@ -76,7 +76,7 @@ def test_what_is_started_fits_its_devices(path):
     section = settings.config_get(config, ".".join(parents)) if parents else config
     assert leaf in section, f"{path.name}: --config.{key}"
     section[leaf] = type(section[leaf])(value)
-  settings.check(config, devices)
+  config_checks.check(config, devices)
   for name in re.findall(r"R1JAX_XLA_FLAGS(?:=|\n\s+value: )\"?([\w-]+)", text):
     assert name in xla_flags.PRESETS, name
 

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.configs import ppo
 from experiments.configs.r1_zero import PRESETS, get_config
-from r1jax import presets, settings
+from r1jax import config_checks, presets, settings
 from r1jax.errors import UserError
 from r1jax.models.config import tiny
 from r1jax.objective import Objective
@@ -41,7 +41,7 @@ def test_every_preset_is_locked_and_json_like():
 
 @pytest.mark.parametrize("preset, devices", [("tiny", 1), ("tiny", 2), ("puzzle", 1)])
 def test_the_miniatures_pass_the_checks_as_they_are(preset, devices):
-  settings.check(get_config(preset), devices)
+  config_checks.check(get_config(preset), devices)
 
 
 # -- windows ---------------------------------------------------------------------------
@@ -166,7 +166,7 @@ REFUSED = [
 )
 def test_a_refusal_names_key_value_and_remedy(changes, devices, words):
   with pytest.raises(UserError) as error:
-    settings.check(changed(**changes), devices)
+    config_checks.check(changed(**changes), devices)
   text = str(error.value)
   assert text.startswith("config.")
   for word in words:
@@ -176,16 +176,16 @@ def test_a_refusal_names_key_value_and_remedy(changes, devices, words):
 @pytest.mark.parametrize("key", ["grpo__minibatches", "pretrain__micro_batches"])
 def test_a_divisor_of_zero_is_refused_in_words(key):
   with pytest.raises(UserError, match=key.replace("__", ".")):
-    settings.check(changed(**{key: 0}), 1)
+    config_checks.check(changed(**{key: 0}), 1)
 
 
 def test_the_papers_preset_passes_on_the_devices_that_it_names():
-  settings.check(get_config("paper"), 2048)
+  config_checks.check(get_config("paper"), 2048)
 
 
 def test_the_remedies_work():
-  settings.check(changed(steps=122), 1)
-  settings.check(changed(prompts=8, pretrain__micro_batches=1), 4)
+  config_checks.check(changed(steps=122), 1)
+  config_checks.check(changed(prompts=8, pretrain__micro_batches=1), 4)
 
 
 # -- digest and differences ------------------------------------------------------------
@@ -279,11 +279,11 @@ def test_switches_of_the_sampler_without_effect_are_reported():
 
 def test_ppo_has_its_own_config_and_refuses_segments():
   config = ppo.get_config()
-  settings.check(config, 1)
+  config_checks.check(config, 1)
   step = settings.step_config(config, 9)
   assert isinstance(step, PPOConfig) and step.objective.advantage == "gae"
   assert settings.value_optimizer_config(config).learning_rate == 1e-3
   with config.unlocked():
     config.segment_tokens = 8
   with pytest.raises(UserError, match="segment_tokens=8"):
-    settings.check(config, 1)
+    config_checks.check(config, 1)

@@ -25,7 +25,7 @@ import rich.console
 from experiments import command
 from experiments.benches import rollout, rollout_beside_torch, rollout_parts
 from experiments.configs import r1_zero
-from r1jax import events, loop, settings, sharding
+from r1jax import config_checks, events, loop, sharding
 from r1jax.data import problems
 from r1jax.errors import UserError
 from r1jax.evals.interval import interval
@@ -119,7 +119,7 @@ def arm(name: str, options: argparse.Namespace) -> dict:
   jax.config.update("jax_cpu_enable_async_dispatch", False)  # a step's time is its own
   command.use_compilation_cache("")
   config = config_of(name, options)
-  settings.check(config, len(jax.devices()))
+  config_checks.check(config, len(jax.devices()))
   workdir, clock = pathlib.Path(options.workdir).resolve() / name, Clock()
   open_workdir(config, workdir)
   mesh = sharding.make_mesh(**config.mesh)

@@ -7,7 +7,7 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
-from r1jax import settings, sharding
+from r1jax import config_checks, settings, sharding
 from r1jax.data import traces
 from r1jax.errors import UserError
 from r1jax.pipeline import cold_start, distill, hooks, judging, rejection
@@ -49,7 +49,7 @@ def check(config: ConfigDict) -> None:
       "config.reward.host=True: the stages read their rewards in the graph. Set it to"
       " False; python -m experiments.r1_zero reads rewards from text."
     )
-  settings.check(c, devices)
+  config_checks.check(c, devices)
   student = {"model": c.student.model}
   of_student = {**student, "pretrain": c.student.pretrain}
   stages: dict[str, Mapping] = {
@@ -63,7 +63,7 @@ def check(config: ConfigDict) -> None:
   }
   for name, changes in stages.items():
     try:
-      settings.check(with_changes(c, changes), devices)
+      config_checks.check(with_changes(c, changes), devices)
     except KeyError as error:
       raise UserError(f"config.{name}: {error.args[0]}.") from error
     except UserError as error:

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from experiments.configs.r1_zero import get_config
-from r1jax import prompts, settings
+from r1jax import config_checks, prompts
 from r1jax.data.chat_template import R1, ChatTemplate
 from r1jax.data.hf_tokenizer import HFTokenizer, open_tokenizer
 from r1jax.data.tokenizer import Tokenizer
@@ -328,10 +328,10 @@ def test_a_config_with_the_template_is_checked(checkpoint, changes, match):
     base |= {"model.folder": checkpoint, "windows": ((0, 8),)}
     config.update_from_flattened_dict(base | changes)
   if match is None:
-    settings.check(config, devices=1)
+    config_checks.check(config, devices=1)
     return
   with pytest.raises(UserError, match=match):
-    settings.check(config, devices=1)
+    config_checks.check(config, devices=1)
 
 
 def test_examples_are_earlier_turns_that_the_rules_reward(tmp_path):

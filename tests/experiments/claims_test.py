@@ -10,7 +10,7 @@ import pytest
 
 from experiments import arms, claim_arms, claim_table, claims
 from experiments.claim_table import CLAIMS, Arms, Effect
-from r1jax import settings
+from r1jax import config_checks
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -20,7 +20,7 @@ def test_every_arm_is_a_config_that_a_run_takes(name, quick):
   config = arm.config(3)
   assert config.seed == 3
   if arm.module != "r1":
-    settings.check(config, 1)
+    config_checks.check(config, 1)
 
 
 def test_arms_that_begin_alike_share_a_base():

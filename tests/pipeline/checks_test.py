@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from experiments.configs.r1 import get_config
-from r1jax import settings
+from r1jax import config_checks
 from r1jax.errors import UserError
 from r1jax.pipeline import checks
 
@@ -81,7 +81,7 @@ def test_only_the_assistant_has_requests():
   from experiments.configs import r1_zero
 
   c = r1_zero.get_config("tiny").unlock()
-  settings.check(c, 1)
+  config_checks.check(c, 1)
   c.pretrain.mix.request = 0.1
   with pytest.raises(UserError, match=r"mix\.request=0\.1: task='chain'.*'assistant'"):
-    settings.check(c, 1)
+    config_checks.check(c, 1)
