@@ -2,7 +2,8 @@
 
 A run that has ended is not run again, one that was stopped goes on, and those that
 begin with the same base share it, from the moment that one of them has trained it.
-Each has a core and a process of its own.
+Each has a core and a process of its own, and no accelerator: JAX_PLATFORMS is cpu if it
+is not set.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -62,9 +63,23 @@ def folder_of(root: pathlib.Path, name: str, seed: int) -> pathlib.Path:
   return root / name.replace(" ", "_") / f"seed_{seed}"
 
 
-def ended(folder: pathlib.Path) -> bool:
-  """Whether a run has its result."""
-  return any((folder / x).exists() for x in ("summary.json", "report/report.json"))
+def ended(root: pathlib.Path, name: str, arm: Arm, seed: int) -> bool:
+  """Whether a run has its result. Raises UserError: it is another config's."""
+  folder = folder_of(root, name, seed)
+  if not any((folder / x).exists() for x in ("summary.json", "report/report.json")):
+    return False
+  mark = mark_of(folder)
+  if not mark.exists() or mark.read_text() != settings.sha256(arm.config(seed)):
+    raise UserError(
+      f"{folder} is a run of another config than the arm {name!r} has now: give another"
+      " --workdir, or move it away to have it run anew."
+    )
+  return True
+
+
+def mark_of(folder: pathlib.Path) -> pathlib.Path:
+  """The file that names a run's config."""
+  return folder.with_suffix(".sha256")
 
 
 def run(
@@ -73,6 +88,7 @@ def run(
   wanted: Iterable[Pair],
   *,
   jobs: int = 0,
+  environ: Mapping[str, str] | None = None,
   say: Callable[[str], None] = print,
 ) -> list[str]:
   """Runs what has not ended, several at a time.
@@ -81,16 +97,22 @@ def run(
     root: gets a folder an arm and seed, and the bases.
     arms: by name.
     wanted: (arm, seed) of each run.
-    jobs: runs at a time, a core each; 0: one a core.
+    jobs: runs at a time, at most one a core; 0: one a core.
+    environ: variables that the runs have beside this process's.
     say: is told what begins and ends.
 
   Returns:
     What failed, in words; the others ran all the same.
+
+  Raises:
+    UserError: a run has ended whose config was another.
   """
   (root / "bases").mkdir(parents=True, exist_ok=True)
   cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
   free = [[core] for core in cores][: jobs or None] or [[]] * max(jobs, 1)
-  left = [pair for pair in wanted if not ended(folder_of(root, *pair))]
+  left = [
+    (name, seed) for name, seed in wanted if not ended(root, name, arms[name], seed)
+  ]
   bases = {pair: root / "bases" / arms[pair[0]].base(pair[1]) for pair in left}
   total, going, failed = len(left), {}, []
   try:
@@ -101,7 +123,8 @@ def run(
       if free and pair:
         left.remove(pair)
         core = free.pop()
-        going[pair] = start(root, arms[pair[0]], *pair, core), core, time.monotonic()
+        process = start(root, arms[pair[0]], *pair, core, environ or {})
+        going[pair] = process, core, time.monotonic()
         say(f"{pair[0]}, seed {pair[1]}: begins ({total - len(left)} of {total})")
         continue
       time.sleep(0.2)
@@ -133,7 +156,12 @@ def trained(folder: pathlib.Path) -> bool:
 
 
 def start(
-  root: pathlib.Path, arm: Arm, name: str, seed: int, core: list[int]
+  root: pathlib.Path,
+  arm: Arm,
+  name: str,
+  seed: int,
+  core: list[int],
+  environ: Mapping[str, str],
 ) -> subprocess.Popen:
   """A run's process, on its core, with the base that another run has left."""
   folder = folder_of(root, name, seed)
@@ -145,8 +173,10 @@ def start(
   flags = [f"--config.{key}={value}" for key, value in arm.changes.items()]
   line = [sys.executable, "-m", f"experiments.{arm.module}"]
   line += [f"--workdir={folder}", f"--config.seed={seed}", *flags]
+  mark_of(folder).write_text(settings.sha256(arm.config(seed)))
+  variables = {"JAX_PLATFORMS": "cpu", **os.environ, **environ}
   with folder.with_suffix(".log").open("a") as log:
-    process = subprocess.Popen(line, stdout=log, stderr=log)
+    process = subprocess.Popen(line, stdout=log, stderr=log, env=variables)
   if core:
     os.sched_setaffinity(process.pid, core)
   return process

@@ -31,7 +31,8 @@ ARMS = {
 QUICK = {
   "r1_zero": {"pretrain.steps": 60, "steps": 16, "eval.every": 16, "prompts": 8}
   | {"checkpoint_every": 16, "grpo.group_size": 8, "grpo.micro_batches": 2}
-  | {"eval.problems": 16, "eval.samples": 4, "grpo.reference_refresh": 4},
+  | {"eval.problems": 16, "eval.samples": 4, "grpo.reference_refresh": 4}
+  | {"model.layers": 1, "model.dense_layers": 0},
   "r1": {"pretrain.steps": 150, "model.width": 48, "model.layers": 2, "steps": 4}
   | {"pretrain.rows": 24, "pretrain.micro_batches": 2, "prompts": 8, "model.heads": 2}
   | {"grpo.group_size": 4, "grpo.micro_batches": 2, "grpo.reference_refresh": 4}

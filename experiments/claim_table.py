@@ -4,6 +4,7 @@ of each in miniature."""
 from collections.abc import Callable, Sequence
 import dataclasses
 import json
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -40,9 +41,14 @@ class Arms:
     return self.final(arm, figure) - self.summary(arm)["base"][figure]
 
   def late(self, arm: str, figure: str) -> float:
-    """Mean over the second half of the rollouts."""
+    """Mean over the second half of the rollouts that have the figure, or NaN."""
     rows = [row[figure] for row in self.rows(arm) if row["phase"] == "rl"]
-    return float(np.mean(rows[len(rows) // 2 :]))
+    known = [x for x in rows[len(rows) // 2 :] if x is not None]
+    return float(np.mean(known)) if known else math.nan
+
+  def since_half_way(self, arm: str, figure: str = "pass_at_1") -> float:
+    """At the end less half way, in samples of the same length."""
+    return self.final(arm, figure) - self.summary(arm)["half_way"][figure]
 
   def stage(self, row: str, better: str, worse: str) -> float:
     """A row of R1's table: one stage less another."""
@@ -78,7 +84,8 @@ class Claim:
 
 
 def silent(arms: Arms) -> float:
-  """Less the largest advantage in a group whose rewards are all equal."""
+  """Less the largest advantage in a group whose rewards are all equal; NaN without such
+  a group."""
   groups: dict[tuple, list[dict]] = {}
   for row in arms.rows("zero", "tokens"):
     groups.setdefault((row["step"], row["group"]), []).append(row)
@@ -87,7 +94,7 @@ def silent(arms: Arms) -> float:
     for group in groups.values()
     if len({row["reward"] for row in group}) == 1
   ]
-  return -max(largest, default=0.0)
+  return -max(largest, default=math.nan)
 
 
 CLAIMS = (
@@ -115,12 +122,15 @@ CLAIMS = (
     ("cap", "cap_raised"),
     (
       Effect(
-        "pass@1, cap raised half way less kept",
-        lambda x: x.final("cap_raised") - x.final("cap"),
+        "pass@1 since half way, cap raised there less kept",
+        lambda x: x.since_half_way("cap_raised") - x.since_half_way("cap"),
       ),
       Effect(
         "tokens, likewise",
-        lambda x: x.final("cap_raised", "mean_length") - x.final("cap", "mean_length"),
+        lambda x: (
+          x.since_half_way("cap_raised", "mean_length")
+          - x.since_half_way("cap", "mean_length")
+        ),
       ),
     ),
   ),
@@ -251,8 +261,8 @@ CLAIMS = (
         lambda x: x.uncapped("proxy_last", "proxy_first"),
       ),
       Effect(
-        "hidden helpfulness, its best less its last",
-        lambda x: x.uncapped("hidden_best", "hidden_last"),
+        "hidden helpfulness, R1 less preference rewards all along",
+        lambda x: x.stage("helpfulness", "R1", "R1, uncapped"),
       ),
       Effect(
         "pass@1 by rules, before less after",
@@ -266,7 +276,7 @@ CLAIMS = (
     ("zero", "no_refresh"),
     (
       Effect(
-        "less the largest advantage where a group's rewards are equal (exactly 0)",
+        "less the largest advantage where a group's rewards are equal (0, to 4 digits)",
         silent,
         -1e-9,
       ),

@@ -7,16 +7,18 @@
 
 Runs lie in --workdir, a folder an arm and seed: what has ended is not run again, what
 was stopped goes on, and arms that begin with the same base share it. Each core has a
-run of its own. Verdicts: shown, where the 95 % interval over seeds is above what the
-claim says; opposite, where it is below; else not shown. --write puts the table and the
-figure into docs/. Exit codes: 0 done, 1 a run failed, 2 a mistake in the command, 42
-stopped by SIGTERM, 130 by Ctrl-C: the runs under way are stopped with it.
+run of its own; an accelerator is not used unless JAX_PLATFORMS names it. Verdicts:
+shown, where the 95 % interval over seeds is above what the claim says; opposite, where
+it is below; else not shown. --write puts the table and the figure into docs/. Exit
+codes: 0 done, 1 a run failed, 2 a mistake in the command, 42 stopped by SIGTERM, 130 by
+Ctrl-C: the runs under way are stopped with it.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import datetime
 import json
+import math
 import os
 import pathlib
 import sys
@@ -29,7 +31,9 @@ import rich.console
 import rich.table
 
 from experiments import arms, claim_arms, claim_table, exits
+from experiments.arms import Arm
 from experiments.claim_table import CLAIMS, Arms, Claim, Found
+from r1jax import events
 from r1jax.errors import UserError
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -55,7 +59,7 @@ def flags() -> argparse.ArgumentParser:
   add("--claim", type=int, action="append", help="1 to 12; again for several")
   add("--seeds", type=int, default=0, help="0: five, and three of whole pipelines")
   add("--quick", action="store_true", help="tiny sizes and two seeds")
-  add("--jobs", type=int, default=0, help="runs at a time; 0: one a core")
+  add("--jobs", type=int, default=0, help="runs at a time; 0: one a core, the most")
   add("--workdir", default="", help="default: runs/claims, or runs/claims-quick")
   add("--status", action="store_true", help="say what has been run, and run nothing")
   add("--write", action="store_true", help="the table and the figure into docs/")
@@ -80,26 +84,29 @@ def claims(options: argparse.Namespace) -> list[str]:
     for arm in claim_arms.ARMS
     if any(arm in claim.arms and seed < n for claim, n in seeds.items())
   ]
-  failed = []
+  made, failed = claim_arms.arms(o.quick), []
   if not o.status:
     say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
-    failed = arms.run(root, claim_arms.arms(o.quick), wanted, jobs=o.jobs, say=say)
-  effects = measured(root, seeds)
+    environ = {"R1JAX_XLA_FLAGS": "quick"} if o.quick else {}
+    failed = arms.run(root, made, wanted, jobs=o.jobs, environ=environ, say=say)
+  effects = measured(root, made, seeds)
   if effects:
     console.print(table(effects))
-  done = sum(arms.ended(arms.folder_of(root, *pair)) for pair in wanted)
+  done = sum(arms.ended(root, name, made[name], seed) for name, seed in wanted)
   console.print(f"{done} of {len(wanted)} runs have ended, in {root}.", highlight=False)
   if o.quick:
     console.print("--quick trains too little for verdicts that mean anything.")
+  told = [effect._asdict() | {"verdict": effect.verdict} for effect in effects]
   if effects and not o.status:
-    told = [effect._asdict() | {"verdict": effect.verdict} for effect in effects]
     (root / "claims.json").write_text(json.dumps(told, indent=2))
     (root / "claims.md").write_text(markdown(effects))
     plot(root / "claims.png", effects)
-    if o.write:
+    if o.write and done == len(wanted):
       write(effects, seconds_of(root, wanted))
-    if o.json:
-      print(json.dumps(told))
+    elif o.write:
+      console.print("Not written into docs/: runs are missing.")
+  if o.json:
+    print(json.dumps(told))
   return failed
 
 
@@ -114,34 +121,46 @@ def check(o: argparse.Namespace, asked: Sequence[Claim]) -> None:
     )
   if o.jobs < 0:
     raise UserError(f"--jobs={o.jobs} must not be negative; 0 is one a core.")
-  if o.write and (o.quick or len(asked) < len(CLAIMS)):
-    raise UserError("--write takes the full table: without --quick and --claim.")
+  if o.write and (o.quick or o.status or o.seeds or len(asked) < len(CLAIMS)):
+    raise UserError(
+      "--write takes the full table: without --quick, --claim, --seeds and --status."
+    )
 
 
-def measured(root: pathlib.Path, seeds: dict[Claim, int]) -> list[Found]:
-  """The effects of the claims of which two seeds or more have ended."""
+def measured(
+  root: pathlib.Path, made: Mapping[str, Arm], seeds: Mapping[Claim, int]
+) -> list[Found]:
+  """The effects of the claims of which two seeds or more have ended.
+
+  Args:
+    root: of the runs.
+    made: arms by name.
+    seeds: of each claim, how many.
+  """
   effects = []
   for claim, n in seeds.items():
     done = [
       Arms(root, seed)
       for seed in range(n)
-      if all(arms.ended(arms.folder_of(root, arm, seed)) for arm in claim.arms)
+      if all(arms.ended(root, arm, made[arm], seed) for arm in claim.arms)
     ]
-    if len(done) > 1:
-      for effect in claim.effects:
-        values = [effect.measure(seed) for seed in done]
+    for effect in claim.effects:
+      values = [effect.measure(seed) for seed in done]
+      values = [x for x in values if math.isfinite(x)]
+      if len(values) > 1:
         effects.append(claim_table.found(claim, effect, values))
   return effects
 
 
 def table(effects: Sequence[Found]) -> rich.table.Table:
-  shown = rich.table.Table("", "claim", "measured", "effect (95 % over seeds)", "")
+  heads = ("", "claim", "measured", "effect (95 % over seeds)", "seeds", "")
+  shown = rich.table.Table(*heads)
   says = {claim.number: claim.says for claim in CLAIMS}
   last = 0
   for e in effects:
     head = (str(e.claim), says[e.claim]) if e.claim != last else ("", "")
     last = e.claim
-    shown.add_row(*head, e.what, figures(e), e.verdict)
+    shown.add_row(*head, e.what, figures(e), str(len(e.seeds)), e.verdict)
   return shown
 
 
@@ -194,8 +213,7 @@ def seconds_of(root: pathlib.Path, wanted: Sequence[tuple[str, int]]) -> float:
   spent = 0.0
   for pair in wanted:
     for path in arms.folder_of(root, *pair).rglob("events.jsonl"):
-      rows = claim_table.MetricsFile.rows_of(path)
-      spent += sum(row["seconds"] for row in rows if row["name"] != "restart")
+      spent += sum(e["seconds"] for e in events.read(path) if e["name"] != "restart")
   return spent
 
 

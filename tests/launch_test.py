@@ -85,7 +85,7 @@ def test_flags_of_a_preset_stand_before_those_that_are_set():
   assert xla_flags.variables(two) == {}
   assert xla_flags.variables(two, callbacks=True) == {"NPROC": "8"}
   assert xla_flags.variables({**two, "NPROC": "3"}, callbacks=True) == {}
-  with pytest.raises(UserError, match="'fast' is not one of none, tpu-dense"):
+  with pytest.raises(UserError, match="'fast' is not one of none, quick, tpu-dense"):
     xla_flags.variables({"R1JAX_XLA_FLAGS": "fast"})
 
 

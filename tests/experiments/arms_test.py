@@ -10,6 +10,7 @@ import pytest
 
 from experiments import arms, exits
 from experiments.arms import Arm
+from r1jax import settings
 from r1jax.errors import UserError
 
 ARMS = {
@@ -25,7 +26,7 @@ def begun(monkeypatch):
   """What began, and with how many others under way; each process makes its base."""
   seen = []
 
-  def start(root, arm, name, seed, core):
+  def start(root, arm, name, seed, core, environ):
     folder = arms.folder_of(root, name, seed)
     (folder / "checkpoints" / "pretrain").mkdir(parents=True)
     seen.append((name, seed, (root / "bases" / arm.base(seed)).exists()))
@@ -47,7 +48,7 @@ def test_a_base_is_made_once_and_then_shared(tmp_path, begun):
 def test_a_base_is_shared_while_the_run_that_made_it_goes_on(tmp_path, monkeypatch):
   seen = []
 
-  def start(root, arm, name, seed, core):
+  def start(root, arm, name, seed, core, environ):
     folder = arms.folder_of(root, name, seed) / "checkpoints"
     base = root / "bases" / arm.base(seed)
     seen.append((name, sorted(x.name for x in base.glob("*"))))
@@ -99,12 +100,40 @@ def test_a_run_under_way_ends_with_the_command(tmp_path, monkeypatch):
   assert going[0].poll() is not None
 
 
-def test_what_has_ended_is_not_run_again(tmp_path, begun):
-  folder = arms.folder_of(tmp_path, "one", 0)
+def end(root, name, arm):
+  folder = arms.folder_of(root, name, 0)
   folder.mkdir(parents=True)
   (folder / "summary.json").write_text("{}")
+  arms.mark_of(folder).write_text(settings.sha256(arm.config(0)))
+
+
+def test_what_has_ended_is_not_run_again(tmp_path, begun):
+  end(tmp_path, "one", ARMS["one"])
   arms.run(tmp_path, ARMS, [("one", 0), ("one", 1)], say=lambda text: None)
   assert [row[:2] for row in begun] == [("one", 1)]
+
+
+def test_what_has_ended_with_another_config_is_refused(tmp_path, begun):
+  end(tmp_path, "one", Arm("r1_zero", {"steps": 16}))
+  with pytest.raises(UserError, match=r"seed_0.*another config.*--workdir"):
+    arms.run(tmp_path, ARMS, [("one", 1), ("one", 0)], say=lambda text: None)
+  assert not begun
+
+
+def test_a_run_has_its_variables_and_leaves_its_mark(tmp_path, monkeypatch):
+  made = []
+  monkeypatch.setattr(arms.subprocess, "Popen", lambda line, **how: made.append(how))
+  monkeypatch.setenv("MINE", "1")
+  monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+  arms.start(tmp_path, ARMS["one"], "one", 0, [], {"R1JAX_XLA_FLAGS": "quick"})
+  (how,) = made
+  wanted = {"MINE": "1", "JAX_PLATFORMS": "cpu", "R1JAX_XLA_FLAGS": "quick"}
+  assert wanted.items() <= how["env"].items()
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  arms.start(tmp_path, ARMS["one"], "one", 0, [], {})
+  assert made[1]["env"]["JAX_PLATFORMS"] == "cuda"
+  (tmp_path / "one" / "seed_0" / "summary.json").write_text("{}")
+  assert arms.ended(tmp_path, "one", ARMS["one"], 0)
 
 
 def test_an_unknown_key_is_refused():

@@ -1,6 +1,7 @@
 """The claims: their arms are valid, effects and verdicts are those of their files, and
 what has ended is not run again. Nothing is trained here."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from experiments import arms, claim_arms, claim_table, claims
 from experiments.claim_table import CLAIMS, Arms, Effect
-from r1jax import config_checks
+from r1jax import config_checks, settings
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -36,10 +37,14 @@ def test_there_are_twelve_claims_and_all_their_arms():
   assert {claim.seeds for claim in CLAIMS} == {3, 5}
 
 
+MADE = claim_arms.arms(quick=False)
+
+
 def leave(root, arm, seed, *, gain=0.0, rows=(), tokens=()):
   """What an arm that has ended leaves."""
   folder = arms.folder_of(root, arm, seed)
   folder.mkdir(parents=True)
+  arms.mark_of(folder).write_text(settings.sha256(MADE[arm].config(seed)))
   base = {"pass_at_1": 0.2, "mean_length": 20.0, "reflection_rate": 0.5}
   base["cons_at_16"] = 0.3
   final = {k: v + gain for k, v in base.items()}
@@ -48,12 +53,13 @@ def leave(root, arm, seed, *, gain=0.0, rows=(), tokens=()):
   for name, written in (("metrics", rows), ("tokens", tokens)):
     text = "".join(json.dumps(row) + "\n" for row in written)
     (folder / f"{name}.jsonl").write_text(text)
+  return folder
 
 
 def test_an_effect_is_a_difference_over_seeds(tmp_path):
   for seed, gain in enumerate((0.5, 0.6, 0.7)):
     leave(tmp_path, "zero", seed, gain=gain)
-  effects = claims.measured(tmp_path, {CLAIMS[0]: 5})
+  effects = claims.measured(tmp_path, MADE, {CLAIMS[0]: 5})
   (e,) = effects
   assert e.seeds == pytest.approx((0.5, 0.6, 0.7)) and e.mean == pytest.approx(0.6)
   half = 4.302653 * 0.1 / 3**0.5  # t of two degrees of freedom
@@ -92,12 +98,39 @@ def test_groups_of_equal_rewards_are_looked_at_alone(tmp_path):
   assert claim_table.silent(Arms(tmp_path, 0)) == 0.0
   leave(tmp_path, "zero", 1, tokens=[*others, output(0, 1.0, 0.01), equal[0]])
   assert claim_table.silent(Arms(tmp_path, 1)) == pytest.approx(-0.01)
+  leave(tmp_path, "zero", 2, tokens=others)
+  assert np.isnan(claim_table.silent(Arms(tmp_path, 2)))  # nothing was seen of it
+
+
+def test_a_seed_without_a_figure_is_not_counted(tmp_path):
+  effect = dataclasses.replace(CLAIMS[0].effects[0], measure=lambda x: values[x.seed])
+  claim = dataclasses.replace(CLAIMS[0], effects=(effect,))
+  values = [0.1, float("nan"), 0.3]
+  for seed in range(3):
+    leave(tmp_path, "zero", seed)
+  (e,) = claims.measured(tmp_path, MADE, {claim: 3})
+  assert e.seeds == (0.1, 0.3)
+  values[0] = float("nan")
+  assert not claims.measured(tmp_path, MADE, {claim: 3})
+
+
+def test_a_cap_that_changes_evaluations_alone_shows_nothing(tmp_path):
+  """Longer samples of the same policy are more often right, before and after."""
+  for arm, right in (("cap", 0.3), ("cap_raised", 0.8)):
+    folder = leave(tmp_path, arm, 0)
+    figures = {"pass_at_1": right, "mean_length": 20 * right}
+    summary = {"base": figures, "half_way": figures, "final": figures}
+    (folder / "summary.json").write_text(json.dumps(summary))
+  assert [e.measure(Arms(tmp_path, 0)) for e in CLAIMS[2].effects] == [0.0, 0.0]
 
 
 def test_the_second_half_of_the_rollouts_is_late(tmp_path):
   rows = [{"phase": "rl", "step": i, "kl": float(i)} for i in range(4)]
   leave(tmp_path, "zero", 0, rows=[*rows, {"phase": "eval", "step": 4}])
   assert Arms(tmp_path, 0).late("zero", "kl") == 2.5
+  rows[3]["kl"] = None  # what is not finite is written so
+  leave(tmp_path, "zero", 1, rows=rows)
+  assert Arms(tmp_path, 1).late("zero", "kl") == 2.0
 
 
 @pytest.mark.parametrize(
@@ -108,6 +141,8 @@ def test_the_second_half_of_the_rollouts_is_late(tmp_path):
     (["--jobs=-1"], ["--jobs=-1"]),
     (["--write", "--quick"], ["--write", "without --quick"]),
     (["--write", "--claim=1"], ["--write", "--claim"]),
+    (["--write", "--seeds=2"], ["--write", "--seeds"]),
+    (["--write", "--status"], ["--write", "--status"]),
   ],
 )
 def test_a_mistake_is_one_line_and_nothing_begins(tmp_path, capsys, flags, words):
@@ -123,6 +158,18 @@ def test_the_status_says_what_has_ended(tmp_path, capsys):
   leave(tmp_path, "zero", 1, gain=0.2)
   claims.main([f"--workdir={tmp_path}", "--claim=1", "--status"])
   assert "2 of 5 runs have ended" in capsys.readouterr().out
+
+
+def test_a_part_of_the_table_does_not_get_into_the_docs(tmp_path, capsys, monkeypatch):
+  for seed in range(2):
+    leave(tmp_path, "zero", seed, gain=0.1)
+  monkeypatch.setattr(claims.arms, "run", lambda *_, **__: ["one failed"])
+  monkeypatch.setattr(claims, "write", lambda *_: pytest.fail("written"))
+  monkeypatch.setattr(claim_table.Arms, "rows", lambda *_: [])
+  with pytest.raises(SystemExit, match="1"):
+    claims.main([f"--workdir={tmp_path}", "--write"])
+  said = capsys.readouterr()
+  assert "runs are missing" in said.out and "one failed" in said.err
 
 
 @pytest.mark.slow
