@@ -138,32 +138,10 @@ def prepare(
   """Problems, tokenizer and policy."""
   c, d = config, config.data
   world = worlds.of_config(c)
-  path, folder = tokenizer_place(workdir, c), c.model.folder
-  pages = [] if folder else worlds.pages(config, world, count=5000)
-  texts = [prompt + page for prompt, page in pages]
-  if path.exists() or folder or c.init_from:
-    source = path
-    if not path.exists():
-      source = pathlib.Path(folder or tokenizer_of(pathlib.Path(c.init_from)))
-    vocab = settings.policy_config(config, 0).vocab if folder else None
-    tokenizer = open_tokenizer(source, vocab)
-  else:
-    tokenizer = Tokenizer.train(
-      texts, vocab=c.pretrain.vocab, symbols=world.task.symbols
-    )
+  pages = [] if c.model.folder else worlds.pages(config, world, count=5000)
+  tokenizer = tokenizer_for(config, workdir, world, pages)
   kept = world.held_out[: c.eval.problems]
-  pool = settings.objective(c).pool
-  for key, wanted, found in (
-    ("eval.problems", c.eval.problems, len(kept)),
-    ("prompts", c.prompts * pool, len(world.train)),
-  ):
-    if found < wanted:
-      side = "to evaluate on" if key == "eval.problems" else "to train on"
-      several = f" (times objective.pool={pool})" if key == "prompts" else ""
-      raise UserError(
-        f"config.{key}={settings.config_get(c, key)}{several} and there are only"
-        f" {found} problems {side}. Lower config.{key} or give more problems."
-      )
+  check_counts(config, len(world.train), len(kept))
   how = dict(template=d.template, prefill_think=d.prefill_think, examples=d.examples)
   length = d.prompt_length or worlds.longest_prompt(
     [*world.train, *kept], tokenizer, **how
@@ -177,33 +155,13 @@ def prepare(
 
   policy = Policy(settings.policy_config(config, tokenizer.vocab))
   optimizer = make_optimizer(settings.optimizer_config(c))
-  how = dict(reference=True, adapters=settings.lora_config(c))
-  train_state.shardings(policy, optimizer, mesh, **how)  # do weights divide?
+  parts = dict(reference=True, adapters=settings.lora_config(c))
+  train_state.shardings(policy, optimizer, mesh, **parts)  # do weights divide?
   encoded, asked = encode(world.train), encode(kept)
   windows = settings.windows(c, 1 + longest([page for _, page in pages]))
-  for _, tokens in windows:
-    settings.step_config(c, tokens).check_pack(length)
-    row = f"rows of data.prompt_length {length} + config.windows {tokens}"
-    sharding.check_length(mesh, c.grpo.pack or length + tokens, row)
-  page = 2 + longest(texts)  # BOS and EOS
-  if c.pretrain.steps:
-    sharding.check_length(mesh, c.pretrain.width or page, "pages (pretrain.width)")
-  host_reward = None
-  needs_host = sorted({p.kind for p in (*world.train, *kept)} - {"answer", "text"})
-  if c.reward.host:
-    progress.say("reward: trying the golds, the rules and what they need")
-    scorer = Scorer(
-      settings.scorer_config(c), [*world.train, *kept], load_rules(c.reward.rules)
-    )
-    for note in scorer.notes:
-      progress.say(f"reward: {note}")
-    journal = Journal(workdir / "rewards", jax.process_index())
-    host_reward = HostReward(scorer, world.train, tokenizer, journal)
-  elif needs_host:
-    raise UserError(
-      f"config.reward.host=False and there are problems of kind {needs_host[0]!r}:"
-      " only the host's rules can judge them. Set config.reward.host=True."
-    )
+  page = 2 + longest([prompt + page for prompt, page in pages])  # BOS and EOS
+  check_lengths(config, mesh, length, windows, page)
+  host_reward = host_reward_of(config, workdir, world, kept, tokenizer, progress)
   share_folder(workdir)
   made = hashlib.sha256(tokenizer.model).hexdigest()
   agree({"files": identity(config), "tokenizer": made})
@@ -215,7 +173,7 @@ def prepare(
     for name in ("metrics", "samples", "tokens")
   }
   if first:
-    tokenizer.save(path)
+    tokenizer.save(tokenizer_place(workdir, c))
     write_json(workdir / "config.json", identity(config))
   return Run(
     config=config,
@@ -237,6 +195,96 @@ def prepare(
     host_reward=host_reward,
     reward=host_reward or rule_reward(config, tokenizer, world.train),
   )
+
+
+def tokenizer_for(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  world: worlds.World,
+  pages: list[tuple[str, str]],
+) -> Tokenizer | HFTokenizer:
+  """The workdir's, else that of what the config begins with, else one that is trained
+  on the pages."""
+  path, folder = tokenizer_place(workdir, config), config.model.folder
+  if path.exists() or folder or config.init_from:
+    source = path
+    if not path.exists():
+      source = pathlib.Path(folder or tokenizer_of(pathlib.Path(config.init_from)))
+    vocab = settings.policy_config(config, 0).vocab if folder else None
+    return open_tokenizer(source, vocab)
+  texts = [prompt + page for prompt, page in pages]
+  symbols = world.task.symbols
+  return Tokenizer.train(texts, vocab=config.pretrain.vocab, symbols=symbols)
+
+
+def check_counts(config: ConfigDict, train: int, held_out: int) -> None:
+  """Raises UserError: fewer problems than a rollout or an evaluation takes."""
+  pool = settings.objective(config).pool
+  several = f" (times objective.pool={pool})"
+  for key, wanted, found, side, times in (
+    ("eval.problems", config.eval.problems, held_out, "to evaluate on", ""),
+    ("prompts", config.prompts * pool, train, "to train on", several),
+  ):
+    if found < wanted:
+      raise UserError(
+        f"config.{key}={settings.config_get(config, key)}{times} and there are only"
+        f" {found} problems {side}. Lower config.{key} or give more problems."
+      )
+
+
+def check_lengths(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  prompt: int,
+  windows: list[tuple[int, int]],
+  page: int,
+) -> None:
+  """Raises UserError: rows of prompts and outputs, or pages, that the mesh cannot cut.
+
+  Args:
+    prompt: tokens of the longest.
+    page: likewise.
+  """
+  pack = config.grpo.pack
+  for _, tokens in windows:
+    settings.step_config(config, tokens).check_pack(prompt)
+    row = f"rows of data.prompt_length {prompt} + config.windows {tokens}"
+    sharding.check_length(mesh, pack or prompt + tokens, row)
+  if config.pretrain.steps:
+    width = config.pretrain.width or page
+    sharding.check_length(mesh, width, "pages (pretrain.width)")
+
+
+def host_reward_of(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  world: worlds.World,
+  kept: list[Problem],
+  tokenizer: Tokenizer | HFTokenizer,
+  progress: Progress,
+) -> HostReward | None:
+  """The host's rules with their workers, tried on the golds; None where rewards are
+  read in the graph.
+
+  Raises:
+    UserError: what the rules need is missing, or problems need them and config.reward
+      does not have them.
+  """
+  problems = [*world.train, *kept]
+  if not config.reward.host:
+    if needs_host := sorted({p.kind for p in problems} - {"answer", "text"}):
+      raise UserError(
+        f"config.reward.host=False and there are problems of kind {needs_host[0]!r}:"
+        " only the host's rules can judge them. Set config.reward.host=True."
+      )
+    return None
+  progress.say("reward: trying the golds, the rules and what they need")
+  rules = load_rules(config.reward.rules)
+  scorer = Scorer(settings.scorer_config(config), problems, rules)
+  for note in scorer.notes:
+    progress.say(f"reward: {note}")
+  journal = Journal(workdir / "rewards", jax.process_index())
+  return HostReward(scorer, world.train, tokenizer, journal)
 
 
 def rule_reward(
