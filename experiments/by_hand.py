@@ -2,7 +2,6 @@
 Sizes and folders as in experiments/compare.py."""
 
 from collections.abc import Mapping, Sequence
-import dataclasses
 import types
 
 import jax
@@ -14,10 +13,8 @@ from r1jax import run, sharding
 from r1jax.evals.report_card import Card
 from r1jax.pipeline import scoreboard
 from r1jax.pipeline.checks import check
-from r1jax.pipeline.graph import Graph
 from r1jax.pipeline.project import Project
 from r1jax.pipeline.stages import Stages
-from r1jax.pipeline.wiring import graph
 from r1jax.progress import Clock, Progress
 
 NOTHING = types.MappingProxyType({})
@@ -73,40 +70,6 @@ def _begin(config: ConfigDict) -> jax.sharding.Mesh:
   mesh = sharding.make_mesh(**config.mesh)
   jax.set_mesh(mesh)
   return mesh
-
-
-def shortened(
-  project: Project, wanted: Sequence[str], instead: Mapping[str, str]
-) -> Graph:
-  """The graph of some stages and what they need, with others left out.
-
-  Args:
-    project: whose `run(project.workdir)` makes them.
-    wanted: stages.
-    instead: a stage that is left out -> the one whose artefacts are read in its place.
-
-  Raises:
-    ValueError: no such stage.
-  """
-  whole, found = graph(project).stages, {}
-
-  def add(name: str) -> None:
-    if name not in whole:
-      raise ValueError(f"{name!r} is not one of {', '.join(whole)}.")
-    stage = whole[name]
-    reads = {old: instead.get(old, old) for old in stage.inputs}
-
-    def made(folder, inputs, run=stage.run, reads=reads):
-      return run(folder, {old: inputs[new] for old, new in reads.items()})
-
-    for new in reads.values():
-      add(new)
-    inputs = tuple(dict.fromkeys(reads.values()))
-    found[name] = dataclasses.replace(stage, inputs=inputs, run=made)
-
-  for name in wanted:
-    add(name)
-  return Graph(found.values())
 
 
 def cards(project: Project, columns: Sequence[str]) -> dict[str, Card]:

@@ -16,6 +16,7 @@ import pytest
 from experiments import arms, by_hand, compare, curves
 from experiments.claim_table import Arms
 from r1jax.errors import UserError
+from r1jax.pipeline.wiring import graph
 
 ROOT = pathlib.Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("badges", ROOT / "colab" / "badges.py")
@@ -247,14 +248,14 @@ def test_a_run_that_fails_is_named(monkeypatch, tmp_path):
 def test_stages_are_left_out_and_others_read_in_their_place(monkeypatch, alone):
   monkeypatch.setattr(by_hand, "_begin", lambda config: None)
   project = by_hand.open_pipeline("x")
-  made = by_hand.shortened(project, ["distill"], {"sft_1": "base"}).stages
+  made = graph(project).part(["distill"], {"sft_1": "base"}).stages
   reads = {name: stage.inputs for name, stage in made.items()}
   assert reads == {
     **{"world": (), "base": ("world",), "rl_1": ("base",), "rejection": ("rl_1",)},
     **{"student_base": ("world",), "distill": ("student_base", "rejection")},
   }
   with pytest.raises(ValueError, match="'sft_9' is not one of world, base"):
-    by_hand.shortened(project, ["rl_1"], {"sft_1": "sft_9"})
+    graph(project).part(["rl_1"], {"sft_1": "sft_9"})
 
 
 # -- executed --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ is run again with the same outcome makes none stale. Nothing is overwritten: a s
 that is run again has its old folder moved to `workdir/old/`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import itertools
 import json
@@ -102,6 +102,36 @@ class Graph:
 
     for name in named:
       visit(name, ())
+
+  def part(self, wanted: Iterable[str], instead: Mapping[str, str]) -> "Graph":
+    """Some stages and what they need, with others left out.
+
+    Args:
+      wanted: their names.
+      instead: a stage that is left out -> the one whose artefacts take its place.
+
+    Raises:
+      ValueError: no such stage.
+    """
+    found = {}
+
+    def add(name: str) -> None:
+      if name not in self.stages:
+        raise ValueError(f"{name!r} is not one of {', '.join(self.stages)}.")
+      stage = self.stages[name]
+      reads = {old: instead.get(old, old) for old in stage.inputs}
+
+      def made(folder, inputs, run=stage.run, reads=reads):
+        return run(folder, {old: inputs[new] for old, new in reads.items()})
+
+      for new in reads.values():
+        add(new)
+      inputs = tuple(dict.fromkeys(reads.values()))
+      found[name] = dataclasses.replace(stage, inputs=inputs, run=made)
+
+    for name in wanted:
+      add(name)
+    return Graph(found.values())
 
   def status(self, workdir: pathlib.Path) -> dict[str, Status]:
     """How every stage stands; reads files and writes none."""
