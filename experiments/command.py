@@ -57,8 +57,17 @@ def run(main: Callable[[ConfigDict, str], None], config_file: str) -> None:
     _leave(42 if is_transient(error) else 1)
 
 
-def no_room(error: Exception) -> tuple[int, str] | None:
-  """(exit code, sentence) of an error of a full disk or of a full device."""
+_SMALLER = (
+  "More config.grpo.micro_batches and config.pretrain.micro_batches, fewer"
+  " config.grpo.slots, shorter config.windows, config.model.remat=nothing or a larger"
+  " mesh need less of one; python -m experiments.plan says how much each part takes."
+  " Another --workdir, or keys that a run may be continued with."
+)
+
+
+def no_room(error: Exception, remedy: str = "") -> tuple[int, str] | None:
+  """(exit code, sentence) of an error of a full disk or of a full device. Args: remedy:
+  what needs less of a device's memory; "": that of a run."""
   if isinstance(error, OSError) and error.errno == errno.ENOSPC:
     return 42, (
       f"the disk is full ({error.filename or 'of the workdir'}). Make room; the same"
@@ -66,13 +75,7 @@ def no_room(error: Exception) -> tuple[int, str] | None:
     )
   if _of_jax(error) and "RESOURCE_EXHAUSTED" in str(error):
     first = " ".join(str(error).split())[:200]
-    return 2, (
-      f"a device has not the memory for this ({first}). More config.grpo.micro_batches"
-      " and config.pretrain.micro_batches, fewer config.grpo.slots, shorter"
-      " config.windows, config.model.remat=nothing or a larger mesh need less of one;"
-      " python -m experiments.plan says how much each part takes. Another --workdir, or"
-      " keys that a run may be continued with."
-    )
+    return 2, f"a device has not the memory for this ({first}). {remedy or _SMALLER}"
   return None
 
 

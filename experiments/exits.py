@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import re
 import signal
 import sys
 import threading
@@ -14,12 +15,13 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def in_words(stopped: str = "") -> Iterator[None]:
-  """Ends the process with 2 for a user's mistake, 3 for numbers that are not finite, 42
-  for SIGTERM and 130 for Ctrl-C.
+def in_words(stopped: str = "", *, memory: str = "") -> Iterator[None]:
+  """Ends the process with 2 for a user's mistake or a device that is full, 3 for
+  numbers that are not finite, 42 for SIGTERM or a full disk, and 130 for Ctrl-C.
 
   Args:
-    stopped: what the two last leave, or what is to be done about it.
+    stopped: what SIGTERM and Ctrl-C leave, or what is to be done about it.
+    memory: what needs less of a full device's; "": what a run is told.
   """
   try:
     with terminated():
@@ -30,6 +32,32 @@ def in_words(stopped: str = "") -> Iterator[None]:
   except KeyboardInterrupt as signalled:
     print("; ".join(filter(None, ("stopped", stopped))), file=sys.stderr)
     sys.exit(42 if isinstance(signalled, Terminated) else 130)
+  except Exception as error:
+    from experiments import command
+
+    if not (room := command.no_room(error, memory)):
+      raise
+    print(f"error: {room[1]}", file=sys.stderr)
+    sys.exit(room[0])
+
+
+@contextlib.contextmanager
+def flags_for(*keys: str) -> Iterator[None]:
+  """Mistakes in the config's `reward` name flags: --sandbox, not config.reward.sandbox.
+
+  Args:
+    keys: those that have a flag; none: all.
+  """
+  try:
+    yield
+  except UserError as error:
+    names = "|".join(keys) or r"\w+"
+    text = re.sub(rf"config\.reward\.({names})\b", _flag, str(error))
+    raise UserError(text) from error
+
+
+def _flag(key: re.Match) -> str:
+  return "--" + key[1].replace("_", "-")
 
 
 @contextlib.contextmanager

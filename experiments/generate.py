@@ -8,10 +8,10 @@
 
 --from is the folder of a run of experiments.r1_zero or experiments.ppo; its newest
 checkpoint answers, or with --base the base before RL. A prompt is put into the run's
-template, unless it is --raw. Or it is the folder of a Hugging Face checkpoint, and a
-prompt is a user's turn in its chat template. Exit codes: 0 done, 2 a mistake in the
-command or the folder, 3 logits that are not finite, 42 stopped by SIGTERM, 130 by
-Ctrl-C, 1 anything else.
+template, unless it is --raw. A stage of experiments.r1 answers likewise. Or it is the
+folder of a Hugging Face checkpoint, and a prompt is a user's turn in its chat template.
+Exit codes: 0 done, 2 a mistake in the command or the folder, or a device that is full,
+3 logits that are not finite, 42 stopped by SIGTERM, 130 by Ctrl-C, 1 anything else.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from experiments import exits
 
 def main(argv: list[str]) -> None:
   options = flags().parse_args(argv)
-  with exits.in_words():
+  smaller = "Fewer --samples, --slots or --max-tokens need less."
+  with exits.in_words(memory=smaller):
     said = answers(options)
   if options.json:
     print(json.dumps(said))
@@ -72,7 +73,7 @@ def answers(options: argparse.Namespace) -> dict[str, list[dict]]:
   command.use_compilation_cache("")
   from r1jax import prompts, rollout, trained
 
-  kept = trained.load(pathlib.Path(options.folder), base=options.base)
+  kept = trained.load(pathlib.Path(options.folder), base=options.base, speaks=True)
   texts = options.prompt
   if kept.config is None and not options.raw:
     texts = [prompts.user_turn(prompt, kept.tokenizer) for prompt in texts]

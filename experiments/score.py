@@ -5,19 +5,20 @@
   python -m experiments.score --rewards=my_rules.py:short=0.5 samples.jsonl
 
 A line holds {"completion": "...", "answer": "..."}, or a program's completion with
-"tests"; "problem" may stand too. A reward of yours is a function (completion, problem)
--> number. Prints the mean of each reward and how many samples ended how; --out keeps
-every sample's rewards. Exit codes: 0 done, 2 a mistake in the command or a file, 42
-stopped by SIGTERM, 130 by Ctrl-C, 1 anything else.
+"tests"; "problem" may stand too. Or it is one of a run's samples.jsonl: every output
+that the run keeps is scored, of all its evaluations. A reward of yours is a function
+(completion, problem) -> number. Prints the mean of each reward and how many samples
+ended how; --out keeps every sample's rewards. Exit codes: 0 done, 2 a mistake in the
+command or a file, 42 stopped by SIGTERM, 130 by Ctrl-C, 1 anything else.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
 import contextlib
+import dataclasses
 import json
 import math
 import os
-import re
 import sys
 
 import rich.console
@@ -26,7 +27,7 @@ import rich.table
 
 from experiments import exits
 from r1jax.data import rows, sources
-from r1jax.data.problem import Problem
+from r1jax.data.problem import Problem, Tests
 from r1jax.errors import UserError
 from r1jax.rewards.program import Limits
 from r1jax.rewards.rules import load_rules
@@ -39,17 +40,10 @@ OURS = ("accuracy", "format", "language")
 
 def main(argv: list[str]) -> None:
   options = flags().parse_args(argv)
-  with exits.in_words():
-    try:
-      result = score(options)
-    except UserError as error:
-      raise UserError(re.sub(r"config\.reward\.(\w+)", _flag, str(error))) from error
+  with exits.in_words(), exits.flags_for():
+    result = score(options)
   if options.json:
     print(json.dumps(result))
-
-
-def _flag(key: re.Match) -> str:
-  return "--" + key[1].replace("_", "-")
 
 
 def flags() -> argparse.ArgumentParser:
@@ -156,6 +150,9 @@ def read(path: str, *, judged: bool) -> list[tuple[str, Problem]]:
   texts = []
 
   def sample(row: dict) -> Problem:
+    if row.get("phase") == "eval":
+      texts.append(row.get("texts", []))
+      return of_run(row, texts[-1])
     if not isinstance(row.get("completion"), str):
       raise ValueError('no text under "completion"')
     row.setdefault("problem", row.get("question", "(not given)"))
@@ -165,12 +162,25 @@ def read(path: str, *, judged: bool) -> list[tuple[str, Problem]]:
       if judged or golds
       else rows.checked_problem(str(row["problem"]), kind="text")
     )
-    texts.append(row["completion"])
+    texts.append([row["completion"]])
     return problem
 
   form = '{"completion": "...", "answer": "..."}'
   problems = sources.read_with(sample, path, form=form)
-  return list(zip(texts, problems, strict=True))
+  pairs = zip(texts, problems, strict=True)
+  return [(text, problem) for said, problem in pairs for text in said]
+
+
+def of_run(row: dict, texts: list[str]) -> Problem:
+  """The problem of a line of a run's samples.jsonl, after a look at its outputs."""
+  try:
+    "".join(texts).encode()
+    known = {f.name: row[f.name] for f in dataclasses.fields(Problem)}
+    if tests := known["tests"]:
+      known["tests"] = Tests(**tests | {"cases": tuple(map(tuple, tests["cases"]))})
+    return Problem(**known | {"answers": tuple(known["answers"])})
+  except (KeyError, TypeError, UnicodeEncodeError) as error:
+    raise ValueError(f"no line of a run's samples.jsonl: {error!r}") from error
 
 
 def may_write(path: str, *, samples: str) -> None:

@@ -19,9 +19,12 @@ class MetricsFile:
     self, path: pathlib.Path, *, writes: bool = True, sinks: Sinks | None = None
   ):
     """Args: writes: whether this process does; the others have to open the file before
-    it changes. sinks: get every row that this process writes."""
+    it changes. sinks: get every row that this process writes, and those before that
+    they have not got."""
     self.path, self.sinks = path, sinks or Sinks()
     self._memory = None if writes else self.rows_of(path)
+    if sinks and writes:
+      sinks.catch_up(self.rows_of(path))
 
   def write(self, row: dict) -> None:
     clean = {
@@ -44,7 +47,7 @@ class MetricsFile:
     if not path.exists():
       return []
     found = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
       try:
         found.append(json.loads(line))
       except json.JSONDecodeError:
@@ -72,6 +75,11 @@ class MetricsFile:
 
 def write_json(path: pathlib.Path, value: dict) -> None:
   _replace(path, [json.dumps(value, indent=2)])
+
+
+def write_lines(path: pathlib.Path, rows: Iterable[dict]) -> None:
+  """Writes a whole file of rows anew."""
+  _replace(path, map(json.dumps, rows))
 
 
 def _replace(path: pathlib.Path, lines: Iterable[str]) -> None:

@@ -120,22 +120,34 @@ def _chat(
   roles = ("user", "assistant") * len(turns)
   pairs = zip(roles, turns, strict=False)
   text = chat.render([{"role": role, "content": turn} for role, turn in pairs])
-  opened = text.rstrip().endswith("<think>")
-  if opened and not prefill_think:
+  if opened(text) and not prefill_think:
     raise UserError(
       "config.data.prefill_think=False and this model's chat template ends prompts with"
       " <think>: its completions begin inside the thinking. Set"
       " config.data.prefill_think=True."
     )
-  return text if opened or not prefill_think else text + "<think>\n"
+  return _thinking(text) if prefill_think else text
 
 
-def user_turn(text: str, tokenizer: Tokenizer | HFTokenizer) -> str:
+def opened(prompt: str) -> bool:
+  """Whether a prompt ends inside the thinking, as those of R1's own template do."""
+  return prompt.rstrip().endswith("<think>")
+
+
+def _thinking(prompt: str) -> str:
+  return prompt if opened(prompt) else prompt + "<think>\n"
+
+
+def user_turn(
+  text: str, tokenizer: Tokenizer | HFTokenizer, *, prefill_think: bool = False
+) -> str:
   """A user's turn in a published model's chat template, and nothing else; the text
-  itself where the model has none."""
-  if not isinstance(tokenizer, HFTokenizer) or tokenizer.chat is None:
-    return text
-  return tokenizer.chat.render([{"role": "user", "content": tokenizer.quote(text)}])
+  itself where the model has none. Args: prefill_think: it ends inside the thinking,
+  also where the template does not open that."""
+  turn = text
+  if isinstance(tokenizer, HFTokenizer) and tokenizer.chat is not None:
+    turn = tokenizer.chat.render([{"role": "user", "content": tokenizer.quote(text)}])
+  return _thinking(turn) if prefill_think else turn
 
 
 def encode(

@@ -244,12 +244,14 @@ def test_the_last_sample_does_not_decide_pass_at_1():
 
 
 def test_no_answer_is_not_the_majoritys_answer():
-  answers = [[None] * 6 + ["7"] * 5 + ["9"] * 5]
-  right = np.array([[a == "7" for a in answers[0]]])
-  assert pass_at_k.cons_at_n(answers, right) == 0.5  # a tie is shared
-  answers = [[None] * 6 + ["1/2", "0.5", "3"]]
-  right = np.array([[a in ("1/2", "0.5") for a in answers[0]]])
-  assert pass_at_k.cons_at_n(answers, right) == 1.0
+
+  def cons(answers, right):
+    said = [None if a is None else pass_at_k.meaning(a) for a in answers]
+    votes = np.array([pass_at_k.classes(said)])
+    return pass_at_k.cons_at_n(votes, np.array([[a in right for a in answers]]))
+
+  assert cons([None] * 6 + ["7"] * 5 + ["9"] * 5, ["7"]) == 0.5  # a tie is shared
+  assert cons([None] * 6 + ["1/2", "0.5", "3"], ["1/2", "0.5"]) == 1.0
 
 
 # And from what users report: the temperature left out of the trainer's side.

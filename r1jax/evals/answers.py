@@ -8,10 +8,13 @@ import pathlib
 import numpy as np
 
 from r1jax import rollout
+from r1jax.data.hf_tokenizer import HFTokenizer
 from r1jax.data.problem import Problem
+from r1jax.data.tokenizer import Tokenizer
 from r1jax.errors import UserError
 from r1jax.evals.generate import Samples
 from r1jax.metrics import MetricsFile
+from r1jax.sampling import Sampler
 from r1jax.trained import Trained
 
 
@@ -33,6 +36,8 @@ class Decoding:
       if getattr(self, name) < 1:
         flag = name.replace("_", "-")
         raise UserError(f"--{flag}={getattr(self, name)} must be 1 or more.")
+    same = dict(temperature=self.temperature, top_p=self.top_p)
+    Sampler(group_size=1, max_tokens=self.max_tokens, pad_id=0, **same)
 
   @property
   def group(self) -> int:
@@ -44,7 +49,7 @@ class Decoding:
 
 
 def sample(
-  kept: Trained,
+  load: Callable[[], Trained],
   problems: Sequence[Problem],
   prompts: Sequence[str],
   decoding: Decoding,
@@ -54,7 +59,7 @@ def sample(
   """All samples; what the file has is not drawn again.
 
   Args:
-    kept: the policy and its tokenizer.
+    load: gives the policy and its tokenizer; called where something is to be drawn.
     problems, prompts: what is asked, and the prompts that ask it.
     decoding: how.
     path: of samples.jsonl, a row a problem and chunk: {"phase", "step": the chunk,
@@ -70,13 +75,15 @@ def sample(
   places = [
     np.arange(i, i + width) % len(problems) for i in range(0, len(problems), width)
   ]
-  chunks = list(enumerate(places * (d.samples // group)))
+  # The last of them is filled up with the first problems.
+  chunks = [
+    (n, part, part[: len(problems) - int(part[0])].tolist())
+    for n, part in enumerate(places * (d.samples // group))
+  ]
   done = {(row["step"], row["problem"]): row for row in file.rows()}
-  longest = max(map(len, kept.tokenizer.encode_batch(list(prompts))))
-  for n, part in chunks:
-    real = part[: len(problems) - int(part[0])]  # the last is filled up with the first
-    if all((n, i) in done for i in real.tolist()):
-      continue
+  left = [c for c in chunks if not all((c[0], i) in done for i in c[2])]
+  kept = load() if left else None
+  for n, part, real in left:
     said = rollout.generate(
       kept.policy,
       kept.params,
@@ -88,10 +95,13 @@ def sample(
       temperature=d.temperature,
       top_p=d.top_p,
       stop=d.stop,
-      window=1 << longest.bit_length(),  # with BOS
+      window=window(kept.tokenizer, prompts),
       seed=(d.seed * 1_000_003 + n) % 2**31,
+      record_experts=False,
     )
-    for i, row in zip(real.tolist(), said, strict=False):
+    for i, row in zip(real, said, strict=False):
+      if (n, i) in done:
+        continue
       done[n, i] = {
         "phase": "sample",
         "step": n,
@@ -103,10 +113,20 @@ def sample(
       file.write(done[n, i])
     progress(group * len(done), d.samples * len(problems))
   of = [
-    [done[n, i] for n, part in chunks if (n, i) in done] for i in range(len(problems))
+    [done[n, i] for n, _, real in chunks if i in real] for i in range(len(problems))
   ]
   texts, lengths, ended = (
     [[x for row in rows for x in row[key]] for rows in of]
     for key in ("texts", "lengths", "ended")
   )
   return Samples(list(problems), texts, np.array(lengths), np.array(ended))
+
+
+def longest(tokenizer: Tokenizer | HFTokenizer, prompts: Sequence[str]) -> int:
+  """Tokens of the longest prompt, with BOS."""
+  return 1 + max(map(len, tokenizer.encode_batch(list(prompts))))
+
+
+def window(tokenizer: Tokenizer | HFTokenizer, prompts: Sequence[str]) -> int:
+  """Tokens of the program's prompts: a power of two."""
+  return 1 << (longest(tokenizer, prompts) - 1).bit_length()

@@ -1,5 +1,6 @@
 """Samples of held-out problems, read as text by the host rules."""
 
+from collections.abc import Hashable
 import dataclasses
 import re
 
@@ -118,19 +119,32 @@ def summarise(
 
 def ballots(
   samples: Samples, marks: Marks, *, prefill_think: bool
-) -> tuple[list[list[str | None]], np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
   """What the samples of each problem vote for, and whether it is right. Programs and
   replies held to instructions do not vote (no two are the same text), nor do samples
-  that could not be scored."""
+  that could not be scored.
+
+  Returns:
+    ([problems that vote, samples] int classes, -1 for no vote; [the same] bool).
+  """
   alone = ("code", "instructions")
   kept = [i for i, p in enumerate(samples.problems) if p.kind not in alone]
-  found = []
-  for i in kept:
-    row = []
+  votes = np.zeros((len(kept), marks.correct.shape[1]), int)
+  for row, i in zip(votes, kept, strict=True):
+    problem, found = samples.problems[i], []
     for text, verdict in zip(samples.texts[i], marks.verdicts[i], strict=True):
       answer = extract_answer(text, prefill_think=prefill_think)
-      if answer is not None and samples.problems[i].kind == "choice":
-        answer = letter(answer)
-      row.append(None if verdict.outcome == "infrastructure" else answer)
-    found.append(row)
-  return found, marks.correct[kept]
+      lost = answer is None or verdict.outcome == "infrastructure"
+      found.append(None if lost else _meaning(answer, problem.kind))
+    # Of one accepted answer there is one class, in whatever forms it was found right.
+    golds = {_meaning(gold, problem.kind) for gold in problem.answers}
+    right = {m for m, ok in zip(found, marks.correct[i], strict=True) if ok}
+    row[:] = pass_at_k.classes(found, right if len(golds) == 1 else ())
+  return votes, marks.correct[kept]
+
+
+def _meaning(answer: str, kind: str) -> Hashable:
+  """What an answer says, as its problem's kind compares it; None: no letter."""
+  if kind == "choice":
+    return letter(answer)
+  return tuple(answer.split()) if kind == "text" else pass_at_k.meaning(answer)

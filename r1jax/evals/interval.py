@@ -6,31 +6,53 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+LEAST = 5  # problems; from fewer no interval is told
+METHODS = ("bootstrap", "wilson")
+
+
+def figure(
+  values: np.ndarray, *, shares: bool = False, method: str = "bootstrap"
+) -> dict[str, float | None]:
+  """{"value": the mean over problems, "low", "high"}, None for the bounds of fewer than
+  LEAST problems. Args: as `interval`."""
+  low = high = None
+  if len(values) >= LEAST:
+    low, high = interval(values, shares=shares, method=method)
+  return {"value": float(values.mean()), "low": low, "high": high}
+
 
 def interval(
-  values: np.ndarray, *, draws: int = 2000, seed: int = 0, shares: bool = False
+  values: np.ndarray,
+  *,
+  shares: bool = False,
+  method: str = "bootstrap",
+  draws: int = 2000,
+  seed: int = 0,
 ) -> tuple[float, float]:
-  """The 95 % interval of a mean over problems, by bootstrap over the problems.
+  """The 95 % interval of a mean over problems.
 
-  Samples of one problem are no independent draws: average them first. The percentiles
-  are moved outwards so that few problems do not give too short an interval (the
-  expanded percentile interval; Hesterberg, arXiv 1411.5279, section 3.3).
+  Samples of one problem are no independent draws: average them first. It is a bootstrap
+  over the problems, whose percentiles are moved outwards so that few problems do not
+  give too short an interval (the expanded percentile interval; Hesterberg, arXiv
+  1411.5279, section 3.3).
 
   Args:
     values: [problems], means over the samples of each; or paired differences of them.
+    shares: the values lie in 0..1. Where all are 0, or all 1, resampling knows nothing,
+      and the interval is Clopper's and Pearson's for as many problems.
+    method: of METHODS; "wilson" is for shares (`wilson`), others are bootstrapped.
     draws: resamples.
     seed: of them.
-    shares: the values lie in 0..1; where all are 0, or all 1, resampling knows nothing,
-      and the interval is Clopper's and Pearson's for as many problems.
 
   Returns:
     (low, high).
   """
-  n = len(values)
-  if shares and np.isin(values, (0, 1)).all() and len(set(values)) == 1:
+  n, tail = len(values), 0.025
+  if shares and values.mean() in (0.0, 1.0):
     far = 0.025 ** (1 / n)
     return (0.0, 1 - far) if values[0] == 0 else (far, 1.0)
-  tail = 0.025
+  if shares and method == "wilson":
+    return wilson(values)
   if n > 1:
     tail = stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf(0.025, n - 1))
   rng = np.random.default_rng(seed)
@@ -39,12 +61,34 @@ def interval(
   return float(low), float(high)
 
 
+def wilson(values: np.ndarray) -> tuple[float, float]:
+  """Wilson's score interval for as many yes-or-no problems as would vary like these
+  (Franco, Little, Louis and Slud, J. Surv. Stat. Methodol. 7, 2019). Near 0 and 1,
+  where few problems are solved or few are missed, it holds the truth more often than a
+  bootstrap does.
+
+  Args:
+    values: [problems], in 0..1, neither all 0 nor all 1.
+
+  Returns:
+    (low, high), in 0..1.
+  """
+  n, p = len(values), float(values.mean())
+  if n == 1:
+    return 0.0, 1.0
+  spread = min(float(values.var(ddof=1)) / (p * (1 - p)), 1.0)  # over that of yes or no
+  z = spread / n * stats.t.ppf(0.975, n - 1) ** 2
+  half = np.sqrt(z * p * (1 - p) + z * z / 4)
+  low, high = ((p + z / 2 + side) / (1 + z) for side in (-half, half))
+  return float(min(low, p)), float(max(high, p))
+
+
 class Difference(NamedTuple):
   """Of two policies on the same problems: the second less the first."""
 
   mean: float
-  low: float  # of its 95 % interval
-  high: float
+  low: float | None  # of its 95 % interval; None: fewer problems than LEAST
+  high: float | None
   p: float  # two-sided, of as large a difference if neither is better
 
 
@@ -74,4 +118,5 @@ def paired(first: np.ndarray, second: np.ndarray, *, draws: int = 10_000) -> Dif
     means, extra = (signs * gaps).mean(axis=1), 1
   as_large = (np.abs(means) >= abs(gaps.mean()) - 1e-12).sum()
   p = (as_large + extra) / (len(means) + extra)
-  return Difference(float(gaps.mean()), *interval(gaps), float(p))
+  found = figure(gaps)
+  return Difference(found["value"], found["low"], found["high"], float(p))

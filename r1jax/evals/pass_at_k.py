@@ -1,12 +1,12 @@
 """pass@1, pass@k and cons@N over samples of the same problems (R1, supplement D.1)."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 import math
 
 import numpy as np
 
-from r1jax.rewards import reading
+from r1jax.rewards import choice, reading
+from r1jax.rewards.values import SPACE, Value
 
 
 def pass_at_1(correct: np.ndarray) -> float:
@@ -40,41 +40,67 @@ def pass_at_k_of_each(correct: np.ndarray, k: int) -> np.ndarray:
   )
 
 
-def cons_at_n(answers: Sequence[Sequence[str | None]], correct: np.ndarray) -> float:
+def cons_at_n(votes: np.ndarray, correct: np.ndarray) -> float:
   """Share of problems whose majority answer is right; without a problem NaN.
 
-  Args:
-    answers: [problems][n] extracted answers.
-    correct: [problems, n] bool, the verdict on each.
+  Args: as `consensus`, with problems first.
   """
-  shares = [consensus(*pair) for pair in zip(answers, correct, strict=True)]
-  return float(np.mean(shares)) if shares else math.nan
+  return float(np.mean(consensus(votes, correct))) if len(votes) else math.nan
 
 
-def consensus(answers: Sequence[str | None], correct: np.ndarray) -> float:
-  """What the majority of a problem's answers is worth.
+def consensus(votes: np.ndarray, correct: np.ndarray) -> np.ndarray:
+  """What the majority of n answers is worth.
 
-  Answers that are equal as numbers vote together (`1/2` with `0.5`), and are right if
-  one of them was found right. A missing answer (None) has no vote. Tied answers share
-  the problem: a right one among two pays 1/2.
+  A class is right if one of its answers was found right. Tied classes share the
+  problem: a right one among two pays 1/2. Without a vote it is worth 0.
 
   Args:
-    answers: [n] extracted answers.
-    correct: [n] bool, the verdict on each.
+    votes: [..., n] int, the class of each answer; -1 has no vote.
+    correct: [..., n] bool, the verdict on each.
+
+  Returns:
+    [...] float.
   """
-  votes, verdict = defaultdict(int), defaultdict(bool)
-  for answer, ok in zip(answers, correct, strict=True):
-    if answer is not None:
-      votes[equivalence_class(answer)] += 1
-      verdict[equivalence_class(answer)] |= bool(ok)
-  most = max(votes.values(), default=0)
-  best = [verdict[a] for a, n in votes.items() if n == most]
-  return float(np.mean(best)) if best else 0.0
+  cast = votes[..., None] == np.arange(1 + max(votes.max(initial=0), 0))
+  counts, right = cast.sum(axis=-2), (cast & correct[..., None]).any(axis=-2)
+  best = (counts > 0) & (counts == counts.max(axis=-1, keepdims=True))
+  return (best & right).sum(axis=-1) / np.maximum(best.sum(axis=-1), 1)
 
 
-def equivalence_class(answer: str) -> str:
-  """The number an answer denotes, or its own text."""
+_RIGHT = object()  # in place of all right meanings
+
+
+def classes(
+  meanings: Sequence[Hashable], right: Collection[Hashable] = ()
+) -> list[int]:
+  """Numbers 0, 1, ... for the classes of a problem's answers; -1 for None.
+
+  Args:
+    meanings: of the answers, as `meaning` gives them.
+    right: meanings that are one class, whatever their form.
+  """
+  shared = [_RIGHT if m in right else m for m in meanings]
+  found = dict.fromkeys(m for m in shared if m is not None)
+  numbers = {m: i for i, m in enumerate(found)}
+  return [numbers.get(m, -1) for m in shared]
+
+
+def meaning(answer: str) -> Hashable:
+  """Equal for answers that say the same: numbers by value, options by their letter,
+  words whatever the case, structures by their parts, and expressions by their text
+  without white space."""
+  if choice.is_option(answer):
+    return "option", choice.letter(answer)
   said = reading.parse(answer)
-  if said is None or said.kind != "number":
-    return answer.strip()
-  return str(said.value / 100 if said.percent else said.value)
+  return ("unread", answer.strip()) if said is None else _of_value(said)
+
+
+def _of_value(said: Value) -> Hashable:
+  if said.kind == "number":
+    return said.value / 100 if said.percent else said.value
+  if said.items:
+    parts = map(_of_value, said.items)
+    if said.kind in ("set", "list"):  # one is as good as the other (values.py)
+      return "set", frozenset(parts)
+    return said.kind, frozenset(parts) if said.kind == "union" else tuple(parts)
+  return said.kind, SPACE.sub("", said.text)

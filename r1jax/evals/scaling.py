@@ -1,7 +1,6 @@
 """Test-time scaling: accuracy against the number of samples that vote, and against the
 tokens that a sample may take (R1, Table 2 and supplement D.1)."""
 
-from collections.abc import Sequence
 import pathlib
 
 import matplotlib
@@ -10,38 +9,35 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from r1jax.evals.interval import interval
+from r1jax.evals.interval import figure
 from r1jax.evals.pass_at_k import consensus
 
 SUBSETS = 200  # of m of the n samples, where there are more
 
 
 def majority(
-  answers: Sequence[Sequence[str | None]], correct: np.ndarray, seed: int = 0
+  votes: np.ndarray, correct: np.ndarray, seed: int = 0, *, method: str = "bootstrap"
 ) -> list[dict]:
   """cons@m for m = 1, 2, 4, ... and n, each the mean over subsets of the n samples.
 
   Args:
-    answers: [problems][n] extracted answers, as `pass_at_k.cons_at_n` takes them.
+    votes: [problems, n] int, the classes of answers, as `pass_at_k.consensus` takes
+      them.
     correct: [problems, n] bool.
     seed: of the subsets.
+    method: of the intervals.
 
   Returns:
-    Rows {"samples", "value", "low", "high"}, with 95 % intervals over problems.
+    Rows {"samples", "value", "low", "high"}, as `interval.figure`.
   """
   n = correct.shape[1]
   sizes = [m for m in (2**i for i in range(32)) if m < n] + [n]
   rng, rows = np.random.default_rng(seed), []
   for m in sizes:
-    picks = [np.arange(n)] if m == n else subsets(n, m, rng)
-    shares = np.array(
-      [
-        np.mean([consensus([said[i] for i in p], right[p]) for p in picks])
-        for said, right in zip(answers, correct, strict=True)
-      ]
-    )
-    low, high = interval(shares, shares=True)
-    rows.append({"samples": m, "value": float(shares.mean()), "low": low, "high": high})
+    picks = np.array([np.arange(n)] if m == n else subsets(n, m, rng))
+    pairs = zip(votes, correct, strict=True)
+    shares = np.array([consensus(v[picks], c[picks]).mean() for v, c in pairs])
+    rows.append({"samples": m, **figure(shares, shares=True, method=method)})
   return rows
 
 
@@ -52,7 +48,13 @@ def subsets(n: int, m: int, rng: np.random.Generator) -> list[np.ndarray]:
   return [rng.choice(n, m, replace=False) for _ in range(SUBSETS)]
 
 
-def budgets(lengths: np.ndarray, correct: np.ndarray, points: int = 8) -> list[dict]:
+def budgets(
+  lengths: np.ndarray,
+  correct: np.ndarray,
+  points: int = 8,
+  *,
+  method: str = "bootstrap",
+) -> list[dict]:
   """pass@1 if a sample is stopped after so many tokens: it is right if it had ended by
   then and was right.
 
@@ -60,6 +62,7 @@ def budgets(lengths: np.ndarray, correct: np.ndarray, points: int = 8) -> list[d
     lengths: [problems, n] tokens.
     correct: [problems, n] bool.
     points: budgets, by halves from the longest sample down.
+    method: of the intervals.
 
   Returns:
     Rows {"tokens", "value", "low", "high"} in rising order.
@@ -67,21 +70,18 @@ def budgets(lengths: np.ndarray, correct: np.ndarray, points: int = 8) -> list[d
   longest, rows = int(lengths.max()), []
   for tokens in sorted({max(longest >> i, 1) for i in range(points)}):
     shares = (correct & (lengths <= tokens)).mean(axis=1)
-    low, high = interval(shares, shares=True)
-    rows.append(
-      {"tokens": tokens, "value": float(shares.mean()), "low": low, "high": high}
-    )
+    rows.append({"tokens": tokens, **figure(shares, shares=True, method=method)})
   return rows
 
 
 def plot(path: pathlib.Path, votes: list[dict], within: list[dict], title: str) -> None:
   """Both curves, with their intervals. Args: path: of the PNG."""
-  figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+  drawn, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
   panels = [(votes, "samples", "samples that vote"), (within, "tokens", "tokens")]
   for axis, (rows, key, label) in zip(axes, panels, strict=True):
     if rows:
       x, y, low, high = (
-        [row[k] for row in rows] for k in (key, "value", "low", "high")
+        np.array([row[k] for row in rows], float) for k in (key, "value", "low", "high")
       )
       axis.plot(x, y, marker="o", ms=4)
       axis.fill_between(x, low, high, alpha=0.2)
@@ -92,7 +92,7 @@ def plot(path: pathlib.Path, votes: list[dict], within: list[dict], title: str) 
   axes[0].set_ylabel("accuracy")
   axes[0].set_title("majority vote")
   axes[1].set_title("one sample, stopped after")
-  figure.suptitle(title)
-  figure.tight_layout()
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  drawn.suptitle(title)
+  drawn.tight_layout()
+  drawn.savefig(path, dpi=120)
+  plt.close(drawn)

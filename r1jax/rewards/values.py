@@ -64,7 +64,7 @@ def same(
     both = gold.unit and answer.unit
     if gold.unit != answer.unit and (both or "degree" in answer.unit):
       return False  # an expression, of radians say, is not meant in degrees
-    if _SPACE.sub("", gold.text) == _SPACE.sub("", answer.text):
+    if SPACE.sub("", gold.text) == SPACE.sub("", answer.text):
       return True
     return bool(
       algebra and comparable(gold, answer) and algebra(gold.text, answer.text)
@@ -123,7 +123,7 @@ def _same_set(gold, answer, algebra) -> bool:
   return covered(gold, answer, False) and covered(answer, gold, True)
 
 
-_SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # all but between digits
+SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # all but between digits
 _RELATION = re.compile(r"\\(?:le|ge|ne|approx|in|sim|equiv|pm)(?![a-zA-Z])|[<>=?]")
 # Three letters in a row that are no command: a sentence, not an expression.
 _PROSE = re.compile(

@@ -5,7 +5,14 @@ import pytest
 
 from r1jax.data.problem import Problem
 from r1jax.data.tokenizer import Tokenizer
-from r1jax.evals.generate import Samples, mark, reflections, summarise, texts_of
+from r1jax.evals.generate import (
+  Samples,
+  ballots,
+  mark,
+  reflections,
+  summarise,
+  texts_of,
+)
 from r1jax.rollout import Rollout
 
 
@@ -92,6 +99,28 @@ def test_the_format_follows_the_prompt(prefill, rate):
 def test_texts_of_other_problems_are_refused():
   with pytest.raises(ValueError):
     summed_up(samples([["x"]], [["7"], ["8"]], [[1]], [[True]]))
+
+
+def voted(problem, answers):
+  texts = [[f"<think>t</think><answer>{x}</answer>" for x in answers]]
+  ones = np.ones((1, len(answers)))
+  said = Samples([problem], texts, ones, ones > 0)
+  marks = mark(said, prefill_think=False)
+  return ballots(said, marks, prefill_think=False)[0].tolist()[0]
+
+
+def test_what_was_found_right_is_one_class_of_the_vote():
+  """Where one answer is accepted."""
+  one = Problem("How much?", ("50%",))
+  assert voted(one, ["50", "0.5", "50%", "7", "0.5%"]) == [0, 0, 0, 1, 2]
+  two = Problem("How much?", ("50", "51"))
+  assert voted(two, ["50", "51", "51"]) == [0, 1, 1]
+
+
+def test_a_vote_is_of_the_problems_kind():
+  assert voted(Problem("sort", ("a, b",), kind="text"), ["a, b", "b, a"]) == [0, 1]
+  letters = voted(Problem("?", ("B",), kind="choice"), ["(B)", "B) 12 m", "A", "??"])
+  assert letters == [0, 0, 1, -1]
 
 
 def test_a_text_is_evaluated_as_a_text():

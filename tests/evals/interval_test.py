@@ -3,26 +3,106 @@
 import numpy as np
 import pytest
 
-from r1jax.evals.interval import interval, paired
+from r1jax.evals.interval import METHODS, figure, interval, paired
+
+
+def coverage(draw, truth, n, **how):
+  """How often the interval of n drawn values holds the truth."""
+  covered, trials = 0, 1000
+  for trial in range(trials):
+    values = draw(np.random.default_rng(trial), n)
+    low, high = interval(values, **how)
+    assert low <= values.mean() <= high
+    covered += low <= truth <= high
+  return covered / trials
+
+
+def yes_or_no(rng, n):
+  """Problems are of different difficulty: 1/2 on average."""
+  return (rng.random(n) < rng.beta(2, 2, n)).astype(float)
+
+
+def samples_of_8(rng, n):
+  return rng.binomial(8, rng.beta(2, 2, n)) / 8
+
+
+def paired_gaps(rng, n):
+  chance = rng.beta(2, 2, n)
+  return (rng.binomial(8, 0.5 + chance / 2) - rng.binomial(8, chance)) / 8
 
 
 @pytest.mark.parametrize("size", [30, 64, 200])
-@pytest.mark.parametrize("kind", ["yes or no", "samples of 8", "paired gaps"])
-def test_an_interval_covers_the_truth_nineteen_times_in_twenty(kind, size):
-  rng, covered, trials, n = np.random.default_rng(0), 0, 1000, size
-  for trial in range(trials):
-    chance = rng.beta(2, 2, n)  # problems are of different difficulty: 1/2 on average
-    if kind == "yes or no":
-      values, truth = (rng.random(n) < chance).astype(float), 0.5
-    elif kind == "samples of 8":
-      values, truth = rng.binomial(8, chance) / 8, 0.5
-    else:
-      better = rng.binomial(8, 0.5 + chance / 2) / 8
-      values, truth = better - rng.binomial(8, chance) / 8, 0.25
-    low, high = interval(values, draws=400, seed=trial)
-    assert low <= values.mean() <= high
-    covered += low <= truth <= high
-  assert 0.93 <= covered / trials <= 0.97
+@pytest.mark.parametrize(
+  "draw, truth, how",
+  [
+    (yes_or_no, 0.5, {"shares": True, "draws": 400}),
+    (yes_or_no, 0.5, {"shares": True, "method": "wilson"}),
+    (samples_of_8, 0.5, {"shares": True, "draws": 400}),
+    (samples_of_8, 0.5, {"shares": True, "method": "wilson"}),
+    (paired_gaps, 0.25, {"draws": 400}),
+  ],
+)
+def test_an_interval_covers_the_truth_nineteen_times_in_twenty(draw, truth, how, size):
+  assert 0.93 <= coverage(draw, truth, size, **how) <= 0.97
+
+
+def mostly_missed(rng, n):
+  """64 samples of problems most of which are never solved."""
+  return rng.binomial(64, rng.beta(0.1, 1.9, n)) / 64
+
+
+def mostly_solved(rng, n):
+  return (rng.random(n) < 0.95).astype(float)
+
+
+@pytest.mark.parametrize(
+  "draw, truth, size, bootstrap, wilson",
+  [
+    (mostly_missed, 0.05, 30, 0.84, 0.88),
+    (mostly_missed, 0.05, 64, 0.88, 0.91),
+    (mostly_solved, 0.95, 30, 0.93, 0.92),
+    (mostly_solved, 0.95, 64, 0.86, 0.93),
+  ],
+)
+def test_near_the_ends_it_covers_the_truth_less_often(
+  draw, truth, size, bootstrap, wilson
+):
+  """A bootstrap more so: what was not drawn, that does not know of."""
+  resampled = coverage(draw, truth, size, shares=True, draws=400)
+  scored = coverage(draw, truth, size, shares=True, method="wilson")
+  assert bootstrap <= resampled and wilson <= scored
+  assert size == 30 or scored > resampled + 0.02
+
+
+@pytest.mark.parametrize("n", [1, 4, 5])
+def test_few_problems_have_no_interval(n):
+  values = np.linspace(0.1, 0.9, n)
+  for shares in (False, True):
+    found = figure(values, shares=shares)
+    assert found["value"] == pytest.approx(values.mean())
+    assert (found["low"] is None, found["high"] is None) == (n < 5, n < 5)
+  assert (paired(values, 0.5 * values).low is None) == (n < 5)
+
+
+def test_an_interval_of_shares_stays_within_0_and_1():
+  rng = np.random.default_rng(0)
+  for values in [rng.random(n) ** k for n in (1, 2, 5, 30) for k in (0.01, 1, 100)]:
+    for method in METHODS:
+      low, high = interval(values, shares=True, method=method)
+      assert 0 <= low <= values.mean() <= high <= 1
+  for method in METHODS:
+    found = interval(np.full(9, 0.25), shares=True, method=method)
+    assert found == pytest.approx((0.25, 0.25))
+
+
+def test_wilson_is_the_score_interval_of_yes_or_no():
+  """Three of ten, by the formula with t of 9 degrees of freedom in place of z."""
+  values = np.array([1.0] * 3 + [0.0] * 7)
+  z = 2.262157**2 / 10
+  middle, half = 0.3 + z / 2, (z * 0.21 + z * z / 4) ** 0.5
+  expected = (middle - half) / (1 + z), (middle + half) / (1 + z)
+  found = interval(values, shares=True, method="wilson")
+  assert found == pytest.approx(expected, abs=1e-3)
 
 
 def test_an_interval_is_as_wide_as_the_normal_one():

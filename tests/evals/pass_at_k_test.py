@@ -5,7 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
-from r1jax.evals.pass_at_k import cons_at_n, equivalence_class, pass_at_1, pass_at_k
+from r1jax.evals.pass_at_k import (
+  classes,
+  cons_at_n,
+  consensus,
+  meaning,
+  pass_at_1,
+  pass_at_k,
+)
 
 
 def test_pass_at_1_is_the_mean_over_samples_and_problems():
@@ -39,8 +46,13 @@ def test_pass_at_k_refuses_k_outside_the_samples(k):
     pass_at_k(np.zeros((2, 4), bool), k)
 
 
+def votes_of(*rows):
+  meant = [[None if a is None else meaning(a) for a in row] for row in rows]
+  return np.array([classes(row) for row in meant])
+
+
 def vote(answers, right):
-  return cons_at_n([answers], np.array([[a in right for a in answers]]))
+  return cons_at_n(votes_of(answers), np.array([[a in right for a in answers]]))
 
 
 def test_answers_that_cannot_be_read_have_no_vote():
@@ -81,21 +93,46 @@ def test_the_majority_decides(answers, right, share):
 def test_cons_is_averaged_over_problems():
   answers = [["7", "7"], ["8", "8"], ["7", "8"]]
   correct = np.array([[a == "7" for a in row] for row in answers])
-  assert cons_at_n(answers, correct) == pytest.approx((1 + 0 + 0.5) / 3)
+  found = cons_at_n(votes_of(*answers), correct)
+  assert found == pytest.approx((1 + 0 + 0.5) / 3)
 
 
-@pytest.mark.parametrize(
-  "a, b, same",
-  [
-    ("1/2", "0.5", True),
-    ("07", "7", True),
-    (" 7", "7 ", True),
-    ("-0", "0", True),
-    ("1/0", "0", False),
-    ("x", " x ", True),
-    ("x", "X", False),
-    ("7", "8", False),
-  ],
-)
-def test_equivalence_is_of_numbers_and_else_of_text(a, b, same):
-  assert (equivalence_class(a) == equivalence_class(b)) == same
+SAME = [
+  ("1/2", "0.5", "50%"),
+  ("07", "7", " 7.0 "),
+  ("-0", "0"),
+  (r"(3,\frac{\pi}{2})", r"\left(3, \frac{\pi}{2}\right)"),
+  ("1,2", "1, 2", r"\{2, 1\}"),
+  ("Yes", "yes", r"\text{Yes}"),
+  ("(C)", "C", " C "),
+  ("x+1", "x + 1", " x+ 1"),
+  ("[1,2)", r"1 \le x < 2"),
+  ("x",),
+  ("X",),
+  ("8",),
+  ("1/0",),
+  ("(1,2)", "(1, 2)"),
+  ("(2,1)",),
+  ("1 2x",),
+  ("12x", "12 x"),
+  ("No",),
+  ("(1", " (1"),  # cannot be read
+]
+
+
+def test_answers_that_say_the_same_are_one_class_and_no_others():
+  flat = [(i, answer) for i, group in enumerate(SAME) for answer in group]
+  for (i, a), (j, b) in itertools.product(flat, flat):
+    assert (meaning(a) == meaning(b)) == (i == j), (a, b)
+
+
+def test_right_meanings_are_one_class():
+  assert classes(["a", "b", None, "c", "a"]) == [0, 1, -1, 2, 0]
+  assert classes(["a", "b", None, "c", "a"], {"b", "a"}) == [0, 0, -1, 1, 0]
+
+
+def test_a_consensus_of_many_is_that_of_each():
+  rng = np.random.default_rng(0)
+  votes, correct = rng.integers(-1, 4, (50, 6)), rng.random((50, 6)) < 0.3
+  one_by_one = [consensus(*pair) for pair in zip(votes, correct, strict=True)]
+  np.testing.assert_array_equal(consensus(votes, correct), one_by_one)

@@ -12,29 +12,27 @@ from r1jax.evals.pass_at_k import cons_at_n, pass_at_1
 def random_votes(problems=6, n=5):
   rng = np.random.default_rng(0)
   said = rng.integers(0, 3, (problems, n))
-  return [[str(x) for x in row] for row in said], said == 0
+  return said, said == 0
 
 
 def test_one_vote_is_pass_at_1_and_all_are_cons_at_n():
-  answers, correct = random_votes()
-  rows = scaling.majority(answers, correct)
+  votes, correct = random_votes()
+  rows = scaling.majority(votes, correct)
   assert [row["samples"] for row in rows] == [1, 2, 4, 5]
   assert rows[0]["value"] == pytest.approx(pass_at_1(correct))
-  assert rows[-1]["value"] == pytest.approx(cons_at_n(answers, correct))
+  assert rows[-1]["value"] == pytest.approx(cons_at_n(votes, correct))
   assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
 
 
 def test_votes_in_between_are_means_over_subsets():
-  answers, correct = random_votes()
+  votes, correct = random_votes()
   exact = np.mean(
     [
-      cons_at_n([[row[i] for i in c] for row in answers], correct[:, list(c)])
+      cons_at_n(votes[:, list(c)], correct[:, list(c)])
       for c in itertools.combinations(range(5), 4)
     ]
   )
-  assert scaling.majority(answers, correct)[2]["value"] == pytest.approx(
-    exact, abs=0.03
-  )
+  assert scaling.majority(votes, correct)[2]["value"] == pytest.approx(exact, abs=0.03)
 
 
 def test_within_a_budget_counts_what_has_ended_and_is_right():

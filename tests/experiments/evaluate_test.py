@@ -1,17 +1,17 @@
 """The evaluation command on a small checkpoint: what it keeps, resumes and refuses."""
 
 import json
+import os
 import shutil
 
 from flax import linen as nn
 import jax
-import numpy as np
 import pytest
 
 from experiments import command as commands
 from experiments import evaluate
-from r1jax import rollout
-from r1jax.evals.pass_at_k import pass_at_k
+from r1jax import rollout, trained
+from r1jax.evals import evaluation, room
 from r1jax.models import config as sizes
 from r1jax.models import hf
 from r1jax.models.policy import Policy, init
@@ -32,7 +32,8 @@ def checkpoint(tmp_path_factory):
   folder = published.small(tmp_path_factory.mktemp("model"))
   policy = Policy(sizes.tiny_dense(262, qkv_bias=False, width=32, layers=1))
   params, router = nn.unbox(init(policy, jax.random.key(0)))
-  hf.save(folder, policy, params, router, dtype="float32")
+  config = {"max_position_embeddings": 65_536}
+  hf.save(folder, policy, params, router, dtype="float32", config=config)
   return folder
 
 
@@ -65,19 +66,72 @@ def test_every_problem_has_all_its_samples_and_verdicts(finished):
   assert len({text for row in verdicts for text in row["texts"]}) > 10
 
 
-def test_the_figures_are_those_of_the_verdicts(finished):
-  found = json.loads((finished / "evaluation.json").read_text())
-  right = np.array(
-    [[o == "correct" for o in r["outcomes"]] for r in rows(finished / "verdicts.jsonl")]
-  )
-  figures = found["figures"]
-  assert figures["pass@1"]["value"] == pytest.approx(right.mean())
-  assert figures["pass@2"]["value"] == pytest.approx(pass_at_k(right, 2))
-  assert {"cons@4", "pass@4", "tokens", "truncated"} <= set(figures)
-  for row in figures.values():
+@pytest.fixture
+def speaks(monkeypatch):
+  """Lets the policy say what a function (prompt, sample) returns; gives the prompts."""
+  prompts = []
+
+  def put(reply):
+    def generate(*args, samples, **_):
+      prompts.extend(args[4])
+      said = [[reply(prompt, g) for g in range(samples)] for prompt in args[4]]
+      return [
+        [rollout.Completion(x, [1, 2], [0.0, 0.0], True) for x in row] for row in said
+      ]
+
+    monkeypatch.setattr(rollout, "generate", generate)
+    return prompts
+
+  return put
+
+
+@pytest.fixture
+def file(tmp_path):
+  """Five problems whose answers are 0 to 4; the first stands twice."""
+  path = tmp_path / "five.jsonl"
+  rows = [{"problem": f"{i} + 0?", "answer": str(i)} for i in (0, 1, 2, 3, 4, 0)]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def of_file(file):
+  return ["--benchmark=jsonl", f"--file={file}", "--maths=exact", "--json"]
+
+
+def right_in_the_first(counts):
+  """A reply to `{i} + 0?` that is right in the first counts[i] samples, else 9."""
+
+  def reply(prompt, sample):
+    i = int(prompt.partition(" + 0?")[0][-1])
+    return f"\\boxed{{{i if sample < counts[i] else 9}}}"
+
+  return reply
+
+
+def test_the_figures_are_those_of_the_verdicts(
+  checkpoint, file, tmp_path, capsys, speaks
+):
+  counts = [4, 3, 2, 1, 0]
+  speaks(right_in_the_first(counts))
+  out = tmp_path / "out"
+  flags = [*of_file(file), "--samples=4", "--k=2", f"--out={out}"]
+  found = run(capsys, checkpoint, *flags)
+  verdicts = rows(out / "verdicts.jsonl")
+  right = [sum(o == "correct" for o in row["outcomes"]) for row in verdicts]
+  assert right == [*counts, 4]
+  figures = {name: row["value"] for name, row in found["figures"].items()}
+  assert figures["pass@1"] == pytest.approx(14 / 24)
+  # 1 - C(4 - c, 2) / 6 for c = 4, 3, 2, 1, 0, 4
+  assert figures["pass@2"] == pytest.approx((1 + 1 + 5 / 6 + 1 / 2 + 0 + 1) / 6)
+  assert figures["pass@4"] == pytest.approx(5 / 6)
+  assert figures["cons@4"] == pytest.approx((1 + 1 + 1 / 2 + 0 + 0 + 1) / 6)
+  assert figures["tokens"] == 2 and figures["truncated"] == figures["lost"] == 0
+  for row in found["figures"].values():
     assert row["low"] <= row["value"] <= row["high"]
   assert [row["samples"] for row in found["majority"]] == [1, 2, 4]
-  assert (finished / "scaling.png").stat().st_size > 1000
+  assert found["majority"][-1]["value"] == figures["cons@4"]
+  assert (out / "scaling.png").stat().st_size > 1000
+  assert json.loads((out / "evaluation.json").read_text()) == found
 
 
 def test_what_was_drawn_is_not_drawn_again(
@@ -98,35 +152,93 @@ def test_what_was_drawn_is_not_drawn_again(
   found = run(capsys, checkpoint, *ASKED, *MORE, f"--out={folder}")
   assert len(asked) == 2 and len(asked[0]) == 2  # of three
   assert found == json.loads((finished / "evaluation.json").read_text())
+  kept = [(row["step"], row["problem"]) for row in rows(folder / "samples.jsonl")]
+  assert len(set(kept)) == len(kept)  # nor written
   pair = (rows(place / "verdicts.jsonl") for place in (finished, folder))
   assert next(pair) == next(pair)
 
 
-def test_it_is_compared_on_the_same_problems(finished, checkpoint, capsys):
-  flags = [*ASKED, *MORE, f"--out={finished}", f"--against={finished}"]
-  against = run(capsys, checkpoint, *flags)["against"]
-  assert against == {"problems": 5, "mean": 0, "low": 0, "high": 0, "p": 1}
-
-
-def test_a_benchmarks_file_is_asked_in_its_words(
-  checkpoint, tmp_path, capsys, monkeypatch
+def test_it_is_compared_on_the_same_problems(
+  checkpoint, file, tmp_path, capsys, speaks
 ):
+  """Also where one of them stands twice: each time is compared with its like."""
+  flags = [*of_file(file), "--samples=4"]
+  speaks(right_in_the_first([4, 0, 0, 0, 0]))
+  run(capsys, checkpoint, *flags, f"--out={tmp_path / 'weak'}")
+  speaks(right_in_the_first([4, 4, 2, 0, 0]))
+  how = [*flags, f"--out={tmp_path / 'strong'}", f"--against={tmp_path / 'weak'}"]
+  found = run(capsys, checkpoint, *how)
+  against = found["against"]
+  assert against["problems"] == 6 and against["mean"] == pytest.approx(1.5 / 6)
+  assert against["folder"] == str(tmp_path / "weak")
+  assert against["p"] == pytest.approx(2 / 4)  # two of six differ, and could be lost
+  assert json.loads((tmp_path / "strong/evaluation.json").read_text()) == found
+  back = evaluation.against(tmp_path / "weak", tmp_path / "strong")
+  assert back["mean"] == -against["mean"]
+
+
+def test_what_is_no_evaluation_is_not_compared(
+  checkpoint, file, tmp_path, capsys, speaks
+):
+  speaks(right_in_the_first([4] * 5))
+  out, flags = tmp_path / "out", [*of_file(file), "--samples=2"]
+  run(capsys, checkpoint, *flags, f"--out={out}")
+  with pytest.raises(SystemExit, match="2"):
+    verdicts = (out / "verdicts.jsonl").read_text()
+    (out / "verdicts.jsonl").write_text(verdicts + '{"step": 1}\n')
+    run(capsys, checkpoint, *flags, f"--against={out}", f"--out={tmp_path / 'new'}")
+  assert 'verdicts.jsonl:7 has no "problem"' in capsys.readouterr().err
+  (out / "evaluation.json").unlink()
+  with pytest.raises(SystemExit, match="2"):
+    run(capsys, checkpoint, *flags, f"--against={out}", f"--out={tmp_path / 'new'}")
+  assert "has ended" in capsys.readouterr().err
+
+
+def test_a_benchmarks_file_is_asked_in_its_words(checkpoint, tmp_path, capsys, speaks):
   file = tmp_path / "gsm8k.jsonl"
   file.write_text(json.dumps({"question": "1 + 1?", "answer": "It is #### 2"}) + "\n")
-  prompts = []
-
-  def generate(*args, samples, **_):
-    prompts.extend(args[4])
-    one = rollout.Completion("Two: \\boxed{2}", [1, 2], [0.0, 0.0], True)
-    return [[one] * samples] * len(args[4])
-
-  monkeypatch.setattr(rollout, "generate", generate)
+  prompts = speaks(lambda prompt, sample: "Two: \\boxed{2}")
   flags = ["--benchmark=gsm8k", f"--file={file}", "--maths=exact", "--json"]
   found = run(capsys, checkpoint, *flags, f"--out={tmp_path / 'out'}")
   assert found["figures"]["pass@1"]["value"] == 1.0
   assert found["samples"] == 4 and found["temperature"] == 0.6
   assert found["top_p"] == 0.95 and found["max_tokens"] == 32_768
   assert "1 + 1?" in prompts[0] and "\\boxed{}" in prompts[0]
+  assert "format" not in found["figures"]  # no form was asked for
+
+
+def opened(checkpoint, folder):
+  """The checkpoint with a template that opens the thinking, as R1's does."""
+  shutil.copytree(checkpoint, folder)
+  config = json.loads((folder / "tokenizer_config.json").read_text())
+  config["chat_template"] += "{{ '<think>\\n' }}"
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  return folder
+
+
+@pytest.mark.parametrize("flags", [[], ["--prefill-think"]])
+def test_a_template_that_opens_the_thinking_is_seen(
+  checkpoint, file, tmp_path, capsys, speaks, flags
+):
+  """An answer inside the thinking is none, with or without the flag."""
+  folder = opened(checkpoint, tmp_path / "r1")
+  inside, after = "so \\boxed{0}", "so.</think> \\boxed{0}"
+  prompts = speaks(lambda prompt, sample: after if sample else inside)
+  flags = [*of_file(file), *flags, "--samples=2", "--problems=1"]
+  found = run(capsys, folder, *flags, f"--out={tmp_path / 'out'}")
+  assert found["figures"]["pass@1"]["value"] == 0.5 and found["prefill_think"]
+  assert prompts[0].endswith("<think>\n") and prompts[0].count("<think>") == 1
+
+
+def test_thinking_that_the_template_does_not_open_is_opened_when_asked(
+  checkpoint, file, tmp_path, capsys, speaks
+):
+  prompts = speaks(lambda prompt, sample: "\\boxed{0}")
+  flags = [*of_file(file), "--samples=1", "--problems=1"]
+  first = run(capsys, checkpoint, *flags, f"--out={tmp_path / 'a'}")
+  then = run(capsys, checkpoint, *flags, "--prefill-think", f"--out={tmp_path / 'b'}")
+  assert [x["figures"]["pass@1"]["value"] for x in (first, then)] == [1.0, 0.0]
+  assert ["<think>" in prompt for prompt in prompts] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -143,9 +255,12 @@ def test_a_benchmarks_file_is_asked_in_its_words(
     ([], ["--benchmark=NAME", "--task=NAME"]),
     (["--task=chain", "--against=nowhere"], ["nowhere", "experiments.evaluate"]),
     (["--from=nowhere"], ["nowhere", "config.json"]),
+    (["--task=chain", "--base"], ["--base", "is no run"]),
+    (["--task=chain", "--problems=-1"], ["--problems=-1", "100 of --task"]),
   ],
 )
-def test_a_mistake_is_one_line(checkpoint, tmp_path, capsys, flags, words):
+def test_a_mistake_is_one_line(checkpoint, tmp_path, capsys, monkeypatch, flags, words):
+  monkeypatch.setattr(trained, "load", None)  # it is told before
   with pytest.raises(SystemExit, match="2"):
     evaluate.main([f"--from={checkpoint}", f"--out={tmp_path / 'new'}", *flags])
   (line,) = capsys.readouterr().err.strip().splitlines()
@@ -177,3 +292,125 @@ def test_another_evaluation_in_the_folder_is_refused(finished, checkpoint, capsy
     run(capsys, checkpoint, *ASKED, *MORE, f"--out={finished}", "--top-p=0.5")
   assert "top_p: 0.95 -> 0.5" in capsys.readouterr().err
   assert (finished / "evaluation.json").read_bytes() == before
+
+
+def changed_weights(folder, file):
+  path = folder / "model.safetensors"
+  os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+def changed_prompts(folder, file):
+  path = folder / "tokenizer_config.json"
+  path.write_text(path.read_text().replace("{{ m.content", " {{ m.content"))
+
+
+def changed_answers(folder, file):
+  file.write_text(file.read_text().replace('"answer": "4"', '"answer": "5"'))
+
+
+@pytest.mark.parametrize(
+  "change, word",
+  [
+    (changed_weights, "weights: "),
+    (changed_prompts, "asked: "),
+    (changed_answers, "asked: "),
+  ],
+)
+def test_samples_of_other_weights_prompts_or_answers_are_not_reused(
+  checkpoint, file, tmp_path, capsys, speaks, change, word
+):
+  folder = shutil.copytree(checkpoint, tmp_path / "model")
+  speaks(right_in_the_first([1] * 5))
+  flags = [*of_file(file), "--samples=1", f"--out={tmp_path / 'out'}"]
+  run(capsys, folder, *flags)
+  change(folder, file)
+  with pytest.raises(SystemExit, match="2"):
+    run(capsys, folder, *flags)
+  assert word in capsys.readouterr().err
+
+
+def test_what_is_done_is_neither_drawn_nor_judged_nor_loaded_again(
+  checkpoint, file, tmp_path, capsys, speaks, monkeypatch
+):
+  speaks(right_in_the_first([2, 1, 0, 0, 0]))
+  flags = [*of_file(file), "--samples=2", f"--out={tmp_path / 'out'}"]
+  found = run(capsys, checkpoint, *flags)
+  monkeypatch.setattr(trained, "load", None)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(evaluate, "Scorer", None)
+    assert run(capsys, checkpoint, *flags) == found
+    assert run(capsys, checkpoint, *flags, "--k=2") == found
+  (tmp_path / "out/evaluation.json").unlink()  # killed while it was judged
+  assert run(capsys, checkpoint, *flags) == found
+
+
+def test_a_mistaken_command_does_not_claim_the_folder(
+  checkpoint, file, tmp_path, capsys, speaks, monkeypatch
+):
+  """Nor one that fails before it has drawn anything."""
+  out = tmp_path / "out"
+  flags = [*of_file(file), "--samples=1", f"--out={out}"]
+  for wrong in ("--top-p=0", "--temperature=-1", "--stop="):
+    with pytest.raises(SystemExit, match="2"):
+      run(capsys, checkpoint, *flags, wrong)
+    assert not out.exists()
+
+  def full(*_, **__):
+    raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+
+  monkeypatch.setattr(rollout, "generate", full)
+  capsys.readouterr()
+  with pytest.raises(SystemExit, match="2"):
+    run(capsys, checkpoint, *flags, "--rows=6")
+  (line,) = capsys.readouterr().err.strip().splitlines()
+  assert "123 bytes" in line and "--rows" in line and "config" not in line
+  speaks(right_in_the_first([1] * 5))
+  assert run(capsys, checkpoint, *flags, "--rows=2")["rows"] == 2
+
+
+class JaxRuntimeError(RuntimeError):
+  """By the name of JAX's own."""
+
+
+def test_rows_are_as_many_as_there_is_room_for(
+  checkpoint, file, tmp_path, capsys, speaks, monkeypatch
+):
+  """And an evaluation that goes on keeps those that it was begun with."""
+  speaks(right_in_the_first([1] * 5))
+  flags = [*of_file(file), "--samples=2"]
+  out = f"--out={tmp_path / 'much'}"
+  assert run(capsys, checkpoint, *flags, out)["rows"] == 12  # all
+  monkeypatch.setattr(room, "memory", lambda: 0)
+  assert run(capsys, checkpoint, *flags, out)["rows"] == 12
+  out = f"--out={tmp_path / 'none'}"
+  assert run(capsys, checkpoint, *flags, out)["rows"] == 1
+
+
+def test_a_checkpoint_is_not_asked_for_more_tokens_than_it_is_made_for(
+  checkpoint, file, tmp_path, capsys, speaks
+):
+  folder = shutil.copytree(checkpoint, tmp_path / "short")
+  config = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(
+    json.dumps(config | {"max_position_embeddings": 200})
+  )
+  prompts = speaks(right_in_the_first([1] * 5))
+  flags = [*of_file(file), "--samples=1", f"--out={tmp_path / 'out'}"]
+  found = run(capsys, folder, *flags)
+  assert 0 < found["max_tokens"] <= 200 - max(map(len, prompts)) + 40  # few controls
+  for flag in ("--max-tokens=199", f"--max-tokens={found['max_tokens'] + 1}"):
+    with pytest.raises(SystemExit, match="2"):
+      run(capsys, folder, *flags, flag)
+    assert f"Give {found['max_tokens']} or less" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  "backend, speaks, dtype",
+  [("cpu", True, "float32"), ("gpu", True, "bfloat16"), ("gpu", False, "float32")],
+)
+def test_weights_that_only_speak_are_half_as_large_on_accelerators(
+  checkpoint, monkeypatch, backend, speaks, dtype
+):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  kept = trained.load(checkpoint, speaks=speaks)
+  assert {str(x.dtype) for x in jax.tree.leaves(kept.params)} == {dtype}

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from experiments import exits
+from r1jax.errors import UserError
 
 WAITS = """
 import time
@@ -51,3 +52,31 @@ def test_it_is_nothing_outside_the_main_thread():
   thread.start()
   thread.join()
   assert ended
+
+
+class JaxRuntimeError(RuntimeError):
+  """By the name of JAX's own."""
+
+
+def test_a_full_device_is_one_line_that_says_what_needs_less(capsys):
+  with pytest.raises(SystemExit, match="2"), exits.in_words(memory="Fewer --rows."):
+    raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "99 bytes" in line and line.endswith("Fewer --rows.")
+
+
+def test_other_errors_keep_their_traceback():
+  with pytest.raises(ZeroDivisionError), exits.in_words():
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+  "keys, said",
+  [
+    ((), "--maths-seconds=1 and --maths=exact"),
+    (("maths",), "config.reward.maths_seconds=1 and --maths=exact"),
+  ],
+)
+def test_a_mistake_names_the_flags_that_there_are(keys, said):
+  with pytest.raises(UserError, match=f"^{said}$"), exits.flags_for(*keys):
+    raise UserError("config.reward.maths_seconds=1 and config.reward.maths=exact")

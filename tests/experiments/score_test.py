@@ -1,5 +1,6 @@
 """Scoring a file: the table, the JSON, the rows; a mistake is one line and code 2."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ import time
 import pytest
 
 from experiments import score as command
+from r1jax.data.problem import Problem, Tests
+from r1jax.errors import UserError
 from r1jax.rewards.maths import MathsError, MathsWorker
 from r1jax.rewards.sandbox import UNSAFE
 
@@ -109,6 +112,30 @@ def test_the_last_line_is_json(file):
   outcomes = said["outcomes"]
   assert sum(outcomes.values()) == 4
   assert outcomes["correct"] == 2 and outcomes["wrong"] == outcomes["unparsable"] == 1
+
+
+def test_a_run_s_own_samples_are_scored_as_lines_of_the_other_form_are(tmp_path):
+  tests = Tests("stdin", cases=(("1", "2"),))
+  problems = [
+    Problem("3 + 4", ("7", "7.0")),
+    Problem("print", ("",), kind="code", tests=tests),
+  ]
+  kept = [
+    {"phase": "eval", "step": step, **dataclasses.asdict(problem), "correct": [True]}
+    for step in (0, 8)
+    for problem in problems
+  ]
+  kept[0]["texts"], kept[2]["texts"] = [done(7), "7"], [done(8)]
+  path = write(tmp_path / "samples.jsonl", kept)
+  read = command.read(str(path), judged=True)
+  assert [text for text, _ in read] == [done(7), "7", done(8)]
+  assert {problem for _, problem in read} == {problems[0]}
+  kept[1]["texts"] = ["x"]
+  (_, program) = command.read(str(write(path, kept)), judged=True)[2]
+  assert program == problems[1]
+  for odd in ({"phase": "eval", "texts": ["x"]}, kept[0] | {"texts": [1]}):
+    with pytest.raises(UserError, match=r"no line of a run's samples\.jsonl"):
+      command.read(str(write(path, [odd])), judged=True)
 
 
 def test_out_holds_every_sample_s_rewards_in_order(file, rules, tmp_path):

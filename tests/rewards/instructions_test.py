@@ -401,7 +401,7 @@ def test_a_scorer_scores_them_and_they_do_not_vote():
     marks = mark(samples, prefill_think=False, scorer=scorer)
   assert marks.correct.tolist() == [[True, False], [True, True]]
   voted, right = ballots(samples, marks, prefill_think=False)
-  assert voted == [["7", "7"]] and right.tolist() == [[True, True]]
+  assert voted.tolist() == [[0, 0]] and right.tolist() == [[True, True]]
 
 
 # -- refusals --------------------------------------------------------------------------
