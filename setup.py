@@ -55,7 +55,7 @@ setup(
     "hf": ["tokenizers>=0.21", "jinja2>=3.1.6", "gguf>=0.17"],
     # What else a run's figures are sent to (config.sinks).
     "tensorboard": ["tensorboardX>=2.6.2"],
-    "wandb": ["wandb>=0.28"],
+    "wandb": ["wandb>=0.31"],
     "trackio": ["trackio>=0.40"],
     "test": [
       "pytest>=8,<9.2",  # xdist 3.8 loses its groups in 9.2: files would be split

@@ -17,7 +17,7 @@ import sys
 import webbrowser
 
 from experiments import exits, folders
-from experiments.configs.r1_zero import get_config
+from experiments.configs import r1, r1_zero
 from r1jax import html_report, settings
 from r1jax.errors import UserError
 from r1jax.metrics import MetricsFile
@@ -49,9 +49,10 @@ def write(folder: str, out: str | None) -> list[pathlib.Path]:
       f"{folder} has {len(found)} runs and --out is one file. Leave it out: each run's"
       " page goes into its own folder."
     )
-  usual, pages = settings.plain(get_config("tiny")), []
+  pages = []
   for _, path in found:
-    page = html_report.page(path.parent, usual)
+    usual = r1 if html_report.stage(path.parent) else r1_zero
+    page = html_report.page(path.parent, settings.plain(usual.get_config("tiny")))
     target = pathlib.Path(out) if out else path.parent / "report.html"
     try:
       target.write_text(page, encoding="utf-8")

@@ -42,6 +42,7 @@ from r1jax.progress import Clock, Progress
 from r1jax.reinforcement import reinforce
 from r1jax.rewards.verdict import OUTCOMES
 from r1jax.run import Run, open_workdir, prepare
+from r1jax.sinks import Sinks
 
 PROGRAMS = (
   *("next_token_step", "evaluate", "whole_step"),
@@ -74,6 +75,10 @@ def run(config: ConfigDict, workdir: pathlib.Path, clock: Clock) -> dict:
     )
     if any(config.profile_steps):
       console.print("Nothing is left of it to profile: give another --workdir.")
+    if config.sinks and not jax.process_index():
+      print(f"What {', '.join(config.sinks)} lacks of its figures is sent now.")
+      with contextlib.closing(Sinks(config.sinks, workdir)) as sinks:
+        MetricsFile(workdir / "metrics.jsonl", sinks=sinks)
     return summary
   if changes:
     console.print(
@@ -168,9 +173,7 @@ def conclude(this: Run) -> dict:
   }
   if jax.process_index():
     return summary
-  name = "PPO" if "ppo" in c else "R1-Zero"
-  what = pathlib.Path(c.model.folder).name if c.model.folder else "in miniature"
-  title = f"{name} {what}: {c.task}, {c.objective.preset}, seed {c.seed}"
+  title = html_report.title(settings.plain(c), this.workdir)
   report.curves(this.workdir / "curves.png", train, evals, title)
   write_json(this.workdir / "summary.json", summary)
   page = html_report.page(this.workdir)

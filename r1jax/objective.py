@@ -15,41 +15,41 @@ from r1jax.errors import UserError
 class Objective:
   """The defaults are R1's (arXiv 2501.12948, section 2.1 and 3.2.1)."""
 
-  # rewards -> advantages
-  advantage: str = "grpo"  # advantages.ADVANTAGES, or "gae" (PPO)
+  # -- rewards -> advantages
+  advantage: str = "grpo"  # r1jax/advantages.py:ADVANTAGES, or "gae" (PPO)
   std_ddof: int = 1  # 1: squares over G - 1; 0: over G
   std_eps: float = 1e-6  # added to the std
   gamma: float = 1.0  # discount of GAE (PPO)
   lam: float = 1.0  # lambda of GAE (PPO)
-  # ratio and clip
-  ratio: str = "token"  # policy_loss.RATIOS
+  # -- ratio and clip
+  ratio: str = "token"  # r1jax/policy_loss.py:RATIOS
   log_ratio_clamp: float = 20.0  # log-ratios are kept in +-this; 0: not at all
-  clip: str = "ppo"  # policy_loss.SURROGATES
+  clip: str = "ppo"  # r1jax/policy_loss.py:SURROGATES
   clip_low: float = 10.0  # ratios below 1 - this are clipped
   clip_high: float = 10.0  # ratios above 1 + this are clipped
   dual_clip: float = 0.0  # c: floor c * A of the surrogate where A < 0; 0: none
   ratio_cap: float = 0.0  # delta of two-sided clipping; 0: none
-  # KL
-  kl: str = "k3"  # policy_loss.KLS, or "k1-in-reward"
+  # -- KL
+  kl: str = "k3"  # r1jax/policy_loss.py:KLS, or "k1-in-reward"
   kl_coef: float = 0.001  # beta
   kl_max: float = 0.0  # k3 is kept below this; 0: not at all
   force_k1_in_loss: bool = False  # allow kl="k1-in-loss" all the same
-  # tokens -> one number
-  aggregation: str = "seq-mean-token-mean"  # policy_loss.AGGREGATIONS
+  # -- tokens -> one number
+  aggregation: str = "seq-mean-token-mean"  # r1jax/policy_loss.py:AGGREGATIONS
   sum_norm: float = 0.0  # L of seq-mean-token-sum-norm, tokens; 0: the window
   masked_rows: str = "count"  # or "drop": do outputs without loss count in row means?
-  # outputs that hit the window
+  # -- outputs that hit the window
   truncated: str = "keep"  # "mask": no loss; "penalise": a lower reward
   truncation_penalty: float = 1.0  # off the reward of a truncated output
   overlong_buffer: float = 0.0  # tokens before the window's end; below 1: a share of it
   overlong_penalty: float = 1.0  # at the end of the buffer
-  # sampler against trainer
+  # -- sampler against trainer
   old_logprobs: str = "sampler"  # or "trainer": recomputed before the first update
-  off_policy: str = "none"  # policy_loss.OFF_POLICY
+  off_policy: str = "none"  # r1jax/policy_loss.py:OFF_POLICY
   off_policy_cap: float = 2.0  # C
   off_policy_floor: float = 0.0  # weights below this are masked too
   negative_mask: float = 0.0  # delta of DeepSeek-V3.2's mask, nats a token; 0: none
-  # groups without variance
+  # -- groups without variance
   pool: int = 1  # rollouts of B groups to draw from at most; 1: no dynamic sampling
   filter_on: str = "reward"  # whose variance counts: the rule reward, or a part of it
 

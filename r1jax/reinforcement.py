@@ -348,7 +348,7 @@ def record(
     this.config.grpo.minibatches,
   ):
     group = this.config.grpo.group_size
-    for row in token_report.rows(trace, this.tokenizer, group):
+    for row in token_report.rows(trace, this.tokenizer, group, this.train):
       this.traces.write({"phase": "rl", "step": step, **row})
   this.progress.update(
     "rl",

@@ -1,21 +1,24 @@
 """Where a run's figures also go (config.sinks): metrics.jsonl has all of them anyway.
 
 Only numbers are sent, as `phase/name` at the row's step, by the process that writes
-metrics.jsonl. A run that goes on writes the rows after its checkpoint a second time:
+metrics.jsonl. WORKDIR/sinks.json keeps the last step of each phase that a sink got: one
+that is new gets the earlier rows first, and what a run that goes on writes again after
+its checkpoint is sent where it replaces what was there, or else left out.
 
 tensorboard  Event files in WORKDIR/tensorboard, a folder for each phase. What is
              written again replaces what was there (purge_step).
 wandb        The run that WORKDIR/run_id names, files in WORKDIR/wandb; `wandb login`
              before, or WANDB_MODE=offline and `wandb sync` later. Steps are of a phase
-             (`rl/step`); one that comes twice keeps both points.
-trackio      A run in trackio's folder (TRACKIO_DIR): trackio show --project r1jax. A
-             step that comes twice keeps both points.
+             (`rl/step`).
+trackio      A run in trackio's folder (TRACKIO_DIR): trackio show --project r1jax.
 
 A run is named by its folder, in the group of the folder around it; so is a stage of R1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+import contextlib
 import importlib.util
+import json
 import math
 import pathlib
 import time
@@ -25,14 +28,21 @@ from r1jax.errors import UserError
 
 
 class Sink:
-  """Made of a run's folder when its first phase begins. Any of its methods may fail."""
+  """Made of a run's folder when there is a row for it. Any of its methods may fail."""
+
+  replaces = False  # whether a row of a step that it has replaces what it has
+
+  @staticmethod
+  def missing() -> str:
+    """What has to be done before a run can begin with it, or ""."""
+    return ""
 
   def write(self, phase: str, step: int, numbers: dict[str, float]) -> None:
     """Args: numbers: `phase/name` -> value."""
     raise NotImplementedError
 
   def roll_back(self, last_steps: dict[str, int]) -> None:
-    """As MetricsFile.roll_back; where rows cannot be dropped, nothing."""
+    """As MetricsFile.roll_back, where it `replaces`."""
 
   def close(self) -> None:
     """Sends what is left."""
@@ -40,6 +50,8 @@ class Sink:
 
 class TensorBoard(Sink):
   """Without SummaryWriter, whose thread a full disk ends: its queue would block."""
+
+  replaces = True
 
   def __init__(self, folder: pathlib.Path):
     from tensorboardX import record_writer
@@ -75,6 +87,17 @@ class TensorBoard(Sink):
 
 
 class Wandb(Sink):
+  @staticmethod
+  def missing() -> str:
+    import wandb
+
+    if wandb.setup().settings.mode != "online":
+      return ""
+    with contextlib.suppress(wandb.Error):
+      if wandb.login(prompt=False, verify=False):  # a prompt would hold up the run
+        return ""
+    return "wandb knows no key here: `wandb login`, or WANDB_MODE=offline"
+
   def __init__(self, folder: pathlib.Path):
     import wandb
 
@@ -114,7 +137,7 @@ class Trackio(Sink):
 
 
 # name, and the extra's -> (library, sink)
-KINDS: dict[str, tuple[str, Callable[[pathlib.Path], Sink]]] = {
+KINDS: dict[str, tuple[str, type[Sink]]] = {
   "tensorboard": ("tensorboardX", TensorBoard),
   "wandb": ("wandb", Wandb),
   "trackio": ("trackio", Trackio),
@@ -130,7 +153,8 @@ def run_id(folder: pathlib.Path) -> str:
 
 
 def check(names: Sequence[str]) -> None:
-  """Raises UserError: config.sinks names no sink, or one whose library is missing."""
+  """Raises UserError: config.sinks names no sink, or one that something is missing for:
+  its library, a login."""
   if isinstance(names, str) or not set(names) <= set(KINDS):
     raise UserError(
       f"config.sinks={names!r} must be a tuple of {', '.join(KINDS)}, as in"
@@ -143,6 +167,8 @@ def check(names: Sequence[str]) -> None:
         f"config.sinks={tuple(names)} needs {KINDS[name][0]}: pip install"
         f' "r1jax[{name}]", or leave {name!r} out.'
       )
+    if missing := KINDS[name][1].missing():
+      raise UserError(f"config.sinks={tuple(names)}: {missing}; or leave {name!r} out.")
 
 
 class Sinks:
@@ -155,36 +181,65 @@ class Sinks:
     say: Callable[[str], None] = print,
   ):
     self._sinks: dict[str, Sink | None] = dict.fromkeys(names)  # None: not begun
-    self._folder, self._say = folder, say
+    self._say, self._folder, self._file = say, folder, folder / "sinks.json"
+    # sink -> phase -> the last step that it got
+    self._got: dict[str, dict[str, int]] = {name: {} for name in names}
+    if names and self._file.exists():
+      self._got |= json.loads(self._file.read_text())
+
+  def catch_up(self, rows: Sequence[dict]) -> None:
+    """Sends the rows of metrics.jsonl that a sink has not got, as one that is new."""
+    for name in list(self._sinks):
+      late = [row for row in rows if self._lacks(name, row)]
+      if late:
+        self._say(f"sink {name} gets {len(late)} earlier rows of metrics.jsonl")
+        self._send(name, late)
 
   def write(self, row: dict) -> None:
     """Args: row: of metrics.jsonl; what is no number is left out."""
-    phase, step = row["phase"], row["step"]
-    numbers = {f"{phase}/{k}": v for k, v in row.items() if _is_number(v)}
-    numbers.pop(f"{phase}/step", None)
-    if numbers:
-      self._each(lambda sink: sink.write(phase, step, numbers))
+    for name in list(self._sinks):
+      if self._lacks(name, row):
+        self._send(name, [row])
 
   def roll_back(self, last_steps: dict[str, int]) -> None:
-    self._each(lambda sink: sink.roll_back(last_steps))
+    for name in list(self._sinks):
+      self._try(name, lambda sink: sink.roll_back(last_steps))
+      if self._sinks.get(name) and self._sinks[name].replaces:
+        got = self._got[name]
+        got |= {k: min(got[k], last) for k, last in last_steps.items() if k in got}
 
   def close(self) -> None:
-    self._sinks = {name: sink for name, sink in self._sinks.items() if sink}
-    self._each(lambda sink: sink.close())
+    for name in [name for name, sink in self._sinks.items() if sink]:
+      self._try(name, lambda sink: sink.close())
     self._sinks = {}
 
-  def _each(self, do: Callable[[Sink], None]) -> None:
-    for name in list(self._sinks):
-      try:
-        if self._sinks[name] is None:
-          self._sinks[name] = KINDS[name][1](self._folder)
-        do(self._sinks[name])
-      except Exception as error:
-        del self._sinks[name]
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        self._say(
-          f"sink {name} failed and gets no more rows, metrics.jsonl does: {what}"
-        )
+  def _lacks(self, name: str, row: dict) -> bool:
+    return row["step"] > self._got[name].get(row["phase"], -math.inf)
+
+  def _send(self, name: str, rows: Iterable[dict]) -> None:
+    def send(sink: Sink) -> None:
+      for row in rows:
+        phase, step = row["phase"], row["step"]
+        numbers = {f"{phase}/{k}": v for k, v in row.items() if _is_number(v)}
+        numbers.pop(f"{phase}/step", None)
+        if numbers:
+          sink.write(phase, step, numbers)
+        self._got[name][phase] = step
+      partial = self._file.with_suffix(".partial")
+      partial.write_text(json.dumps(self._got))
+      partial.replace(self._file)
+
+    self._try(name, send)
+
+  def _try(self, name: str, do: Callable[[Sink], None]) -> None:
+    try:
+      if self._sinks[name] is None:
+        self._sinks[name] = KINDS[name][1](self._folder)
+      do(self._sinks[name])
+    except (Exception, SystemExit) as error:  # a library may end the process
+      del self._sinks[name]
+      what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+      self._say(f"sink {name} failed and gets no more rows, metrics.jsonl does: {what}")
 
 
 def _is_number(x: object) -> bool:

@@ -16,8 +16,10 @@ from r1jax import diagnostics, dynamic_sampling, grpo, token_report
 from r1jax.data.tokenizer import Tokenizer
 from r1jax.dynamic_sampling import all_of
 from r1jax.experience import completion_logprobs, rows_of
+from r1jax.html_report import excerpt
 from r1jax.objective import Objective
 from r1jax.policy_loss import Totals, policy_loss
+from r1jax.prompts import PromptBatch
 from r1jax.rewards.in_graph import Rewards
 from r1jax.rollout import Rollout
 
@@ -328,8 +330,21 @@ def trace(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def rows(trace, tokenizer):
-  return list(token_report.rows(trace, tokenizer, group_size=2))
+def asked(trace, tokenizer):
+  """Two problems; the outputs are of the second."""
+  prompts = trace.prompts[:2].copy()
+  prompts[0, -1] += 1
+  answers = np.full((2, 3, 16), -1, np.int32)
+  for k, text in enumerate(("14", " 14", "7 + 7")):
+    ids = tokenizer.encode(text)
+    answers[1, k, : len(ids)] = ids
+  ids = np.arange(2, dtype=np.int32)
+  return PromptBatch(prompts, trace.prompt_mask[:2], answers, ids)
+
+
+@pytest.fixture(scope="module")
+def rows(trace, tokenizer, asked):
+  return list(token_report.rows(trace, tokenizer, 2, asked))
 
 
 def test_rows_say_which_output_they_are(rows):
@@ -359,14 +374,22 @@ def test_rows_say_what_was_asked_and_what_was_paid(rows):
   assert {row["problem"].strip() for row in rows} == {"7"}
 
 
-def test_kl_is_the_third_estimator_of_each_token(rows, trace, tokenizer):
+def test_the_page_shows_the_accepted_answers_of_a_group(rows, tmp_path):
+  assert {tuple(row["answers"]) for row in rows} == {("14", "7 + 7")}
+  path = tmp_path / "tokens.jsonl"
+  path.write_text("".join(json.dumps({"step": 2, **row}) + "\n" for row in rows))
+  shown = excerpt.groups(path)["list"]
+  assert [group["answers"] for group in shown] == [["14", "7 + 7"]] * 2
+
+
+def test_kl_is_the_third_estimator_of_each_token(rows, trace, tokenizer, asked):
   for row, mask, logprobs, reference in zip(
     rows, trace.mask, trace.logprobs, trace.reference_logprobs, strict=True
   ):
     gap = np.float64(reference - logprobs)[mask]
     np.testing.assert_allclose(row.get("kl", []), np.expm1(gap) - gap, atol=1e-4)
   alone = dataclasses.replace(trace, reference_logprobs=0 * trace.logprobs)
-  assert "kl" not in next(token_report.rows(alone, tokenizer, group_size=2))
+  assert "kl" not in next(token_report.rows(alone, tokenizer, 2, asked))
 
 
 def test_rows_come_back_through_json_and_their_texts_join(rows):

@@ -446,6 +446,17 @@ def test_comments_are_read_off_the_lines_that_they_belong_to():
   assert reference.read(r1_zero, "paper")["mesh.expert"].startswith("2,048 chips")
 
 
+def test_an_objectives_row_says_what_stands_beside_it_and_nothing_else():
+  """Read off the source by a pattern of its own: each comment there is of one line."""
+  source = documents.text_of(ROOT / "r1jax" / "objective.py")
+  said = re.findall(r"^  (\w+): \w+ = [^#\n]+  # (.+)$", source, re.MULTILINE)
+  page = documents.text_of(reference.PAGE)
+  assert len(said) > 20
+  for key, note in said:
+    note = note.replace("<", "&lt;")
+    assert f"| `objective.{key}` | `None` | {note} |" in page, key
+
+
 def test_the_map_has_every_file():
   text = documents.text_of(ROOT / "docs" / "rooms.md")
   words = {re.split("/", s.strip("/"))[-1] for _, s in documents.spans(text)}
@@ -460,6 +471,9 @@ def test_the_citation_is_of_this_version_and_names_nobody():
   said = yaml.safe_load((ROOT / "CITATION.cff").read_text())
   assert said["cff-version"] == "1.2.0" and said["version"] == r1jax.__version__
   assert said["authors"] == [{"name": "The r1jax authors"}]
+  assert f'REPOSITORY = "{said["repository-code"]}"' in (ROOT / "setup.py").read_text()
+  readme = documents.text_of(ROOT / "README.md")
+  assert f"git clone {said['repository-code']} && cd r1jax" in readme
   assert said["license"] == "Apache-2.0" and said["title"] and said["message"]
   (paper,) = said["references"]
   assert "arXiv:2501.12948" in str(paper["identifiers"])

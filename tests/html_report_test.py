@@ -236,6 +236,17 @@ def test_no_text_and_no_number_of_anything_makes_a_page_too_large(tmp_path):
   assert data["groups"]["list"][0]["whole"] == 70
 
 
+def test_what_is_left_out_of_outputs_is_counted_as_the_file_has_it(tmp_path):
+  write(tmp_path / "metrics.jsonl", [rl(2)])
+  long = "x" * 500_000
+  write(tmp_path / "samples.jsonl", [judged(0, "p", [long, "short"] * 10)])
+  data = data_of(tmp_path)["samples"]
+  assert len(data["rows"][0]["texts"]) == 16
+  assert data["note"].startswith("16 of the 20 outputs")
+  texts = set(data["rows"][0]["texts"])
+  assert texts == {"short", "x" * 8_000 + " … (of 500,000 characters)"}
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 999, 1_000, 1_001, 1_502, 9_999])
 def test_thinning_keeps_the_ends_and_the_extremes(count):
   values = [(i * 7_919) % 1_009 + (1e4 if i == count // 3 else 0) for i in range(count)]
@@ -266,7 +277,7 @@ def test_a_folder_without_a_row_is_a_mistake(tmp_path):
 def test_metrics_alone_are_enough(tmp_path):
   write(tmp_path / "metrics.jsonl", [{"phase": "pretrain", "step": 10, "nll": 2.5}])
   data = data_of(tmp_path)
-  assert "No update of RL" in data["verdict"] and data["table"] is None
+  assert "pretrain to step 10" in data["verdict"] and data["table"] is None
   assert data["title"] == tmp_path.name
   for name in ("groups", "samples", "config"):
     assert ".json" in data[name]["note"]
@@ -327,6 +338,57 @@ def test_a_run_that_goes_on_says_how_far_it_came(tmp_path):
   (tmp_path / "config.json").write_text('{"steps": 10}')
   said = data_of(tmp_path)["verdict"]
   assert "update 4 of 10" in said and "0.25 -> 0.50 at update 4" in said
+
+
+def stage(folder, file, phases, **more):
+  """A stage of R1, whose folder has neither config.json nor summary.json."""
+  rows = [row for name in phases for row in ({"phase": name, "step": 2, "loss": 0.5},)]
+  write(folder / "metrics.jsonl", rows)
+  config = {"seed": 3, "task": "assistant", "model": {"folder": ""}, "steps": 60}
+  record = {"stage": "rl_1", "inputs": {}, "config": config}
+  (folder / file).write_text(json.dumps(record | more))
+  return data_of(folder)
+
+
+@pytest.mark.parametrize("phases", [("eval", "rl"), ("helpful", "safety")])
+def test_a_stage_that_is_done_has_its_config_its_figures_and_a_true_sentence(
+  tmp_path, phases
+):
+  figures = {"updates": 4, "after": {"pass_at_1": 0.5}, "bins": [1], "name": "x"}
+  stage(tmp_path, "begun.json", phases)
+  data = stage(tmp_path, "manifest.json", phases, figures=figures, seconds=9.5)
+  said = json.dumps(data)
+  assert data["title"] == "R1 in miniature: assistant, stage rl_1, seed 3"
+  assert "rl_1 of R1 is done, in 10 s" in data["verdict"]
+  assert all(name in data["verdict"] for name in {*phases} - {"eval", "rl"})
+  assert ["seed", "3", None] in data["config"]["rows"]
+  assert data["figures"] == [["updates", 4], ["after.pass_at_1", 0.5]]
+  for false in ("Without a result", "No update", "summary.json", "no config.json"):
+    assert false not in said
+
+
+def test_a_stage_that_goes_on_says_that_it_is_not_done(tmp_path):
+  data = stage(tmp_path, "begun.json", ("rl",))
+  assert "has begun and is not done: update 2, not" in data["verdict"]
+  assert data["config"]["rows"] and data["stage"] and not data["figures"]
+
+
+@pytest.mark.parametrize(
+  ("problems", "named"), [("", "chain"), ("/some/where/mine.jsonl", "mine.jsonl")]
+)
+def test_the_title_says_what_was_asked_and_which_objective(problems, named, tmp_path):
+  config = {
+    **{"task": "chain", "seed": 1, "data": {"problems": problems}},
+    **{"objective": {"preset": "dapo"}, "model": {"folder": "models/smollm2"}},
+  }
+  said = html_report.title(config, tmp_path)
+  assert said == f"R1-Zero smollm2: {named}, objective dapo, seed 1"
+
+
+def test_the_page_does_not_say_where_the_folder_lies(tmp_path):
+  folder = whole_run(tmp_path / "runs" / "mine")
+  assert data_of(folder)["folder"] == "runs/mine"
+  assert str(tmp_path) not in html_report.page(folder)
 
 
 def test_the_first_figures_are_those_of_the_paper(tmp_path):
@@ -402,18 +464,21 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys):
 # -- a browser -----------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="needs Chromium")
-@pytest.mark.parametrize("text", [HOSTILE[0], "plain"])
-def test_a_browser_draws_it_without_a_complaint(tmp_path, text):
-  file = tmp_path / "report.html"
-  file.write_text(html_report.page(whole_run(tmp_path / "run", text)), "utf-8")
+needs_browser = pytest.mark.skipif(
+  not any(map(shutil.which, BROWSERS)), reason="needs Chromium"
+)
+
+
+def drawn(folder):
+  """The page of a folder as a browser has drawn it, without a complaint."""
+  file = folder / "report.html"
+  file.write_text(html_report.page(folder), "utf-8")
   options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom")
   options += ("--virtual-time-budget=3000", "--enable-logging=stderr", "--v=0")
   done = subprocess.run(
     [
       *(next(filter(None, map(shutil.which, BROWSERS))), *options),
-      *(f"--user-data-dir={tmp_path / 'profile'}", file.as_uri()),
+      *(f"--user-data-dir={folder / 'profile'}", file.as_uri()),
     ],
     capture_output=True,
     text=True,
@@ -421,8 +486,59 @@ def test_a_browser_draws_it_without_a_complaint(tmp_path, text):
     check=True,
   )
   assert "CONSOLE" not in done.stderr
-  page = Page(done.stdout)
+  return done.stdout
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("text", [HOSTILE[0], "plain"])
+def test_a_browser_draws_it_without_a_complaint(tmp_path, text):
+  said = drawn(whole_run(tmp_path, text))
+  page = Page(said)
   assert "img" not in page.tags and page.tags.count("script") == 2
   assert page.tags.count("svg") >= 2 and "article" in page.tags
-  shown = done.stdout.partition('<script type="application/json"')[0]
+  shown = said.partition('<script type="application/json"')[0]
   assert text.replace("<", "&lt;").replace(">", "&gt;") in shown
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_group_shows_its_answer_and_the_range_of_its_advantages(tmp_path):
+  folder = whole_run(tmp_path)
+  rows = [
+    traced(8, 0, i, ["a", "b", "c"], advantage=values, problem="3 + 4", answers=["7"])
+    | {"parts": {"format": 1.0}}
+    for i, values in enumerate([[0.5, -0.25, 1.0], [2.0, 2.0, 2.0], []])
+  ]
+  write(folder / "tokens.jsonl", rows)
+  shown = drawn(folder).partition('<script type="application/json"')[0]
+  for words in ("advantages -0.25 to +1<", "advantage +2<", "no loss<", "answer 7<"):
+    assert words in shown, words
+  assert "before weights: format 1" in shown
+  boxes = re.findall(r'<(\w+) class="(?:text|problem)"([^>]*)>', shown)
+  assert len(boxes) >= 4
+  assert all("tabindex" in rest and "aria-label" in rest for _, rest in boxes)
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_stage_is_drawn_with_its_figures(tmp_path):
+  stage(tmp_path, "manifest.json", ("safety",), figures={"auc": 0.75}, seconds=1.0)
+  shown = drawn(tmp_path).partition('<script type="application/json"')[0]
+  assert re.search(r">auc</th><td[^>]*>0\.75", shown) and "summary.json" not in shown
+
+
+def test_what_is_read_stands_out_from_its_ground():
+  """4.5 for text and 3 for curves, as WCAG 2 asks, on cards of the light theme."""
+  css = (pathlib.Path(html_report.__file__).parent / "page.css").read_text("utf-8")
+  colours = dict(re.findall(r"--(\w+): (#\w+);", css.partition("@media")[0]))
+
+  def light(colour):
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    parts = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return sum(a * b for a, b in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+  for name in ("ink", "soft", "accent", "warm", "third", "fourth", "quiet"):
+    contrast = (light(colours["card"]) + 0.05) / (light(colours[name]) + 0.05)
+    assert contrast >= (3 if name == "quiet" else 4.5), name

@@ -248,6 +248,15 @@ def test_starting_a_finished_run_again_shows_its_result(finished, cache):
   assert (workdir / "summary.json").read_bytes() == before
 
 
+def test_a_finished_run_sends_its_figures_to_a_new_sink(finished, cache, tmp_path):
+  workdir = pathlib.Path(shutil.copytree(finished[0], tmp_path / "sent"))
+  again = run(workdir, cache, "--config.sinks=('tensorboard',)")
+  assert again.returncode == 0, again.stderr
+  text = again.stdout.replace("\n", " ")
+  assert f"tensorboard gets {len(rows(workdir))} earlier rows" in text
+  assert list(workdir.glob("tensorboard/rl/*tfevents*"))
+
+
 def test_a_workdir_of_another_config_is_refused_and_kept(finished, cache):
   workdir, _ = finished
   before = (workdir / "metrics.jsonl").read_bytes()

@@ -42,6 +42,14 @@ def test_a_half_line_is_passed_over(file, cut):
   assert [r["step"] for r in file.rows()] == [2, 4]
 
 
+def test_a_line_that_is_no_text_is_passed_over(file):
+  file.write(row("rl", 2))
+  with file.path.open("ab") as f:
+    f.write(b"\xff\xfe\x00 garbage\n")
+  file.write(row("rl", 4))
+  assert file.rows() == [row("rl", 2), row("rl", 4)]
+
+
 def test_after_a_roll_back_a_half_line_harms_no_later_row(file):
   file.write(row("rl", 2))
   with file.path.open("a") as f:

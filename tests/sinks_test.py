@@ -1,5 +1,7 @@
 """Sinks get the numbers of metrics.jsonl, continue with the run, and never end it."""
 
+import contextlib
+import importlib.machinery
 import json
 import math
 import os
@@ -8,6 +10,8 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import types
+from typing import ClassVar
 
 import pytest
 from tensorboardX.proto import event_pb2
@@ -107,6 +111,71 @@ def test_a_phase_without_rows_leaves_no_file(tmp_path):
   assert not (tmp_path / "tensorboard").exists()
 
 
+# -- what a sink has got ---------------------------------------------------------------
+
+
+class Kept(sinks.Sink):
+  """Remembers what it gets."""
+
+  got: ClassVar[list] = []
+
+  def __init__(self, folder):
+    pass
+
+  def write(self, phase, step, numbers):
+    self.got.append((phase, step, *numbers.values()))
+
+  def close(self):
+    pass
+
+
+@pytest.fixture
+def kept(monkeypatch):
+  monkeypatch.setattr(Kept, "got", [])
+  monkeypatch.setitem(sinks.KINDS, "kept", ("json", Kept))
+  return Kept.got
+
+
+def test_a_new_sink_gets_all_earlier_rows_and_no_row_twice(tmp_path, kept):
+  said = []
+  file = opened(tmp_path, "tensorboard")
+  for step in (2, 4):
+    file.write(row(step, reward=0.5))
+    file.write(row(step, phase="eval", text="no number"))
+  file.sinks.close()
+  file = opened(tmp_path, "tensorboard", "kept", say=said.append)
+  assert kept == [("rl", 2, 0.5), ("rl", 4, 0.5)]
+  assert said == ["sink kept gets 4 earlier rows of metrics.jsonl"]
+  file.write(row(6, reward=0.25))
+  file.sinks.close()
+  opened(tmp_path, "tensorboard", "kept", say=said.append).sinks.close()
+  assert len(kept) == 3 and len(said) == 1
+  assert len(shown(tmp_path / "tensorboard" / "rl")) == 3
+
+
+@pytest.mark.parametrize("back", [0, 2, 6])
+def test_where_nothing_is_replaced_a_step_is_sent_once(tmp_path, kept, back):
+  for begin in (0, back):
+    file = opened(tmp_path, "kept")
+    file.roll_back({"rl": begin})
+    for step in range(begin + 2, 9, 2):
+      file.write(row(step, reward=begin))
+    file.sinks.close()
+  assert kept == [("rl", step, 0) for step in (2, 4, 6, 8)]
+
+
+def test_a_sink_that_failed_gets_what_it_missed_at_the_next_start(
+  tmp_path, kept, monkeypatch
+):
+  with monkeypatch.context() as patched:
+    patched.setattr(Kept, "__init__", lambda self, folder: sys.exit("no network"))
+    file = opened(tmp_path, "kept", say=kept.append)
+    file.write(row(2, reward=0.5))
+  assert len(kept) == 1 and "SystemExit: no network" in kept.pop()
+  opened(tmp_path, "kept")
+  assert kept == [("rl", 2, 0.5)]
+
+
 # -- refusals --------------------------------------------------------------------------
 
 
@@ -127,6 +196,26 @@ def test_a_missing_library_is_refused_with_its_extra(name, monkeypatch, tmp_path
   (tmp_path / sinks.KINDS[name][0]).mkdir()
   with pytest.raises(UserError, match=rf'pip install "r1jax\[{name}\]"'):
     sinks.check((name,))
+
+
+@pytest.mark.parametrize(
+  ("mode", "key", "refused"),
+  [("online", False, True), ("online", True, False), ("offline", False, False)],
+)
+def test_wandb_without_a_login_is_refused_before_it_asks(
+  mode, key, refused, monkeypatch
+):
+  wandb = types.ModuleType("wandb")
+  wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="here")
+  wandb.Error = RuntimeError
+  wandb.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(mode=mode))
+  wandb.login = lambda *, prompt, verify: key and not prompt and not verify
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  found = contextlib.nullcontext()
+  if refused:
+    found = pytest.raises(UserError, match=r"`wandb login`.*WANDB_MODE=offline")
+  with found:
+    sinks.check(("wandb",))
 
 
 @pytest.mark.parametrize("config", [r1_zero, ppo, r1])
@@ -221,8 +310,7 @@ for begin in (0, 2):
   sinks.close()
 """
 ROWS = [("pretrain/nll", 30, 2.5)]
-ROWS += [("rl/reward", step, step) for step in (2, 4, 6)]
-ROWS += [("rl/reward", step, step + 2) for step in (4, 6)]  # both of a step stay
+ROWS += [("rl/reward", step, step) for step in (2, 4, 6)]  # as they came first
 
 
 def twice(folder, name, **environment):

@@ -21,7 +21,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
   if preset not in PRESETS:
     raise ValueError(f"preset {preset!r} is not one of {PRESETS}")
   c = r1_zero.get_config(preset).unlock()
-  c.objective.preset = "ppo"  # gamma 1, lambda 1: P2 A.3 finds lambda 1 near GRPO
+  c.objective.preset = "ppo"  # gamma 1, lambda 1: R1 A.3 finds lambda 1 near GRPO
   c.ppo = ConfigDict()
   c.ppo.value_learning_rate = 1e-3  # of the value model, with the policy's schedule
   c.ppo.value_clip = 0.2  # values stay this near to the old ones in the loss; 0: free

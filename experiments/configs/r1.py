@@ -4,8 +4,9 @@ Paper: DeepSeek-R1, arXiv 2501.12948v2, section 3 and supplement B.
 
   python -m experiments.r1                             # :tiny
 
-tiny   2 CPU cores, under 40 minutes. The task `assistant`: sums asked in two languages,
-       instructions, requests that reward models judge.
+tiny   a CPU core, 16 to 18 minutes; with the ablations 21 to 24 (docs/results.md). The
+       task `assistant`: sums asked in two languages, instructions, requests that reward
+       models judge.
 paper  R1's stages as published: a record of the numbers and their sources.
 
 A stage that differs from the config above it says only what it changes: `zero`, `rl_1`,

@@ -7,8 +7,8 @@ Paper: DeepSeek-R1, arXiv 2501.12948v2, section 2 and supplement B.4.1.
 
 tiny   2 CPU cores, 4 minutes. A base of 0.38 M parameters is pre-trained on synthetic
        pages about chained sums, then improved by RL. Expected on held-out problems:
-       pass@1 0.24 -> 0.97, three times the length (docs/results.md has the seeds).
-puzzle 2 CPU cores, 11 minutes. The same on a search: pass@1 0.26 -> 0.74, four times
+       pass@1 0.24 -> 0.98, three times the length (docs/results.md has the seeds).
+puzzle a CPU core, 11 minutes. The same on a search: pass@1 0.26 -> 0.74, four times
        the length, ten times the tries.
 paper  R1-Zero as published, for DeepSeek-V3-Base on a pod: the schedule, the sizes and
        their sources. A record: its step is planned (docs/scale.md), and not run.
@@ -90,7 +90,7 @@ def tiny() -> ConfigDict:
   c.data.prompt_length = 0  # tokens; 0: the longest prompt
   c.data.template = "short"  # or "r1_zero", Table 1 of the paper; or "chat", a
   # published model's own
-  c.data.examples = 0  # worked examples (prompts.EXAMPLES) as earlier turns of "chat"
+  c.data.examples = 0  # worked examples of r1jax/prompts.py, as earlier turns of "chat"
   c.data.prefill_think = False  # end the prompt with <think>
   c.data.stop_on_answer = False  # stop a completion at </answer>
   c.data.stop = ()  # strings that end a completion, as in ("</answer>",)
@@ -140,7 +140,7 @@ def tiny() -> ConfigDict:
   c.grpo.min_p = 0.0  # and from tokens this times as likely as the likeliest; 0: all
   c.grpo.slots = 0  # outputs that decode at once; 0: all of them
   c.grpo.cache_tokens = 0  # of outputs that the cache may hold; 0: no bound
-  c.grpo.prefill_parts = 1  # that the prompts are read in, one after another
+  c.grpo.prefill_parts = 1  # parts of the prompts, read one after another
   c.grpo.gather_weights = True  # for decoding: once, not by each layer at every token
   c.grpo.record_experts = True  # the router's choices: for replay, and experts_changed
   c.grpo.speculative = "off"  # "on": drafts by the MTP module; "auto": where it pays
@@ -253,39 +253,38 @@ def puzzle(c: ConfigDict) -> None:
 
 
 def paper(c: ConfigDict) -> None:
-  """R1-Zero's numbers; P2 is arXiv 2501.12948v2, V3 is arXiv 2412.19437."""
+  """R1-Zero's numbers; R1 is arXiv 2501.12948v2, V3 is arXiv 2412.19437."""
   c.preset = "paper"
-  # 2,048 chips; the paper's machine is 64 nodes of 8 H800 (P2 B.4.4)
+  # 2,048 chips; the paper's machine is 64 nodes of 8 H800 (R1 B.4.4)
   c.mesh.fsdp, c.mesh.expert, c.mesh.tensor = 1, 128, 16
-  c.model.preset = "v3_671b"  # DeepSeek-V3-Base (P2 2.1)
-  c.data.template = "r1_zero"  # P2 Table 1
+  c.model.preset = "v3_671b"  # DeepSeek-V3-Base (R1 2.1)
+  c.data.template = "r1_zero"  # R1 Table 1
   c.data.prompt_length = 1024  # not stated
   c.pretrain.steps = 0  # the base is given
-  c.steps = 10_400  # P2 2.1: updates ("steps"), 650 rollouts
-  c.prompts = 512  # P2 2.1: a rollout is 8,192 outputs, 16 a question
+  c.steps = 10_400  # R1 2.1: updates ("steps"), 650 rollouts
+  c.prompts = 512  # R1 2.1: a rollout is 8,192 outputs, 16 a question
   c.windows = (
-    (0, 32_768),  # P2 2.1: before step 8.2k
-    (8_200, 65_536),  # P2 2.1: from 8.2k on; begins with the next rollout, at 8,208
+    (0, 32_768),  # R1 2.1: before step 8.2k
+    (8_200, 65_536),  # R1 2.1: from 8.2k on; begins with the next rollout, at 8,208
   )
   c.segment_tokens = 256  # ours: a rollout takes minutes, so it runs in pieces
-  c.grpo.group_size = 16  # P2 2.1
-  c.grpo.slots = 2048  # ours: of the 8,192 at once, refilled; 40 GiB of cache a chip
+  c.grpo.group_size = 16  # R1 2.1
+  c.grpo.slots = 2048  # ours: of the 8,192 at once, refilled; 38.4 GiB of cache a chip
   c.grpo.record_experts = False  # ours: a byte for each choice of each token
-  c.grpo.minibatches = 16  # P2 2.1: 8,192 outputs in 16 minibatches, one inner epoch
+  c.grpo.minibatches = 16  # R1 2.1: 8,192 outputs in 16 minibatches, one inner epoch
   c.grpo.micro_batches = 4  # ours: 128 outputs a part
-  c.grpo.temperature = 1.0  # P2 2.1
-  # P2 3.2.1: clip 10, stated for R1's first RL stage, assumed for Zero.
-  # P2 2.1: KL coefficient 0.001.
-  c.objective.preset = "paper"
-  c.grpo.reference_refresh = 400  # P2 2.1: the reference becomes the policy
+  c.grpo.temperature = 1.0  # R1 2.1
+  c.objective.preset = "paper"  # R1 3.2.1: clip 10, stated for R1's first RL stage,
+  # assumed for Zero; R1 2.1: KL coefficient 0.001
+  c.grpo.reference_refresh = 400  # R1 2.1: the reference becomes the policy
   c.grpo.router_bias_rate = 0.001  # V3 4.2 (pre-training); not stated for RL
-  c.optimizer.learning_rate = 3e-6  # P2 2.1
+  c.optimizer.learning_rate = 3e-6  # R1 2.1
   c.optimizer.warmup_steps = 0  # not stated
   c.optimizer.schedule = "constant"  # not stated
   c.optimizer.b1, c.optimizer.b2 = 0.9, 0.95  # V3 4.2 (pre-training); not stated for RL
   c.optimizer.weight_decay = 0.0  # not stated for RL
   c.optimizer.clip_norm = 1.0  # V3 4.2 (pre-training); not stated for RL
-  c.reward.format_weight = 1.0  # P2 Eq. 4: the same weight
+  c.reward.format_weight = 1.0  # R1 Eq. 4: the same weight
   c.eval.every = 400  # ours
   c.checkpoint_every = 16  # ours: every rollout
 

@@ -11,6 +11,9 @@ import pathlib
 import string
 
 from r1jax.html_report import excerpt, sections
+from r1jax.html_report.sections import stage, title
+
+__all__ = ["page", "stage", "title"]
 
 HERE = pathlib.Path(__file__).parent
 LIMIT = 5_000_000  # bytes of a page; the budgets of its parts add up to less
@@ -18,7 +21,8 @@ ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}
 
 
 def page(workdir: pathlib.Path | str, usual: dict | None = None) -> str:
-  """The HTML page of a run that goes on or has ended: at most LIMIT bytes of UTF-8.
+  """The HTML page of a run, or of a stage of R1, that goes on or has ended: at most
+  LIMIT bytes of UTF-8.
 
   Args:
     workdir: the run's folder.
@@ -29,18 +33,21 @@ def page(workdir: pathlib.Path | str, usual: dict | None = None) -> str:
   """
   workdir = pathlib.Path(workdir)
   rows = sections.metrics(workdir)
-  config = excerpt.json_object(workdir / "config.json")
+  of = stage(workdir)
+  config = excerpt.json_object(workdir / "config.json") or of.get("config", {})
   summary = excerpt.json_object(workdir / "summary.json")
   data = {
-    "title": excerpt.cut(sections.title(config, workdir), 200),
-    "folder": excerpt.cut(str(workdir), 500),
-    "verdict": sections.verdict(config, summary, rows),
+    "title": excerpt.cut(title(config, workdir, of), 200),
+    "folder": excerpt.cut("/".join(workdir.resolve().parts[-2:]), 500),
+    "verdict": sections.verdict(config, summary, rows, of),
     "table": sections.table(summary),
+    "stage": bool(of),
+    "figures": sections.figures(of),
     "curves": sections.curves(rows),
     "doctor": sections.complaints(rows),
     "groups": excerpt.groups(workdir / "tokens.jsonl"),
     "samples": excerpt.samples(workdir / "samples.jsonl"),
-    "cost": sections.cost(summary, workdir / "events.jsonl"),
+    "cost": sections.cost(summary, workdir / "events.jsonl", of),
     "config": sections.configuration(config, usual or {}),
   }
   return _render(data)

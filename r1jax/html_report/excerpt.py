@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 GROUPS = 60, 1_500_000  # of traced tokens: groups, and bytes of JSON
 SAMPLES = 100, 1_000_000  # evaluations, and bytes
+TEXTS, CHARACTERS = 16, 8_000  # outputs of a problem, and of each
 POINTS = 1_000  # of a curve
 NUMBERS = ("logprob", "ratio", "advantage", "kl")  # of a token
 
@@ -48,10 +49,12 @@ def number(value: Any, digits: int = 5) -> float | int | None:
   return float(f"{value:.{digits}g}") if digits else float(value)
 
 
-def cut(text: Any, most: int) -> str:
-  """At most so many characters, with a word on the rest."""
+def cut(text: Any, most: int, whole: int = 0) -> str:
+  """At most so many characters, with a word on the rest. Args: whole: characters of a
+  text of which this is the beginning."""
   text = text if isinstance(text, str) else str(text)
-  return text if len(text) <= most else f"{text[:most]} … (of {len(text):,} characters)"
+  whole = max(whole, len(text))
+  return text if whole <= most else f"{text[:most]} … (of {whole:,} characters)"
 
 
 def size(value: Any) -> int:
@@ -197,18 +200,21 @@ def samples(path: pathlib.Path) -> dict:
     with path.open("rb") as file:
       for _, row in lines(file):
         if isinstance(row.get("texts"), list):
-          by_step.setdefault(number(row.get("step")), []).append(_sample(row, 8_000))
+          by_step.setdefault(number(row.get("step")), []).append(_sample(row))
   if not by_step:
     return {"rows": [], "note": f"{path.name} has no outputs."}
   most, budget = SAMPLES
   evaluations = list(by_step.values())
   chosen = [evaluations[i] for i in spread(len(evaluations), most)]
   found = fitting([_evaluation(rows, budget // 4) for rows in chosen], budget)
+  kept = sum(row["kept"] for rows in evaluations for row in rows)
+  shown = sum(len(row["texts"]) for part in found for row in part["rows"])
   note = f"Every output that {path.name} keeps; it has the marks of all problems."
-  if len(found) < len(evaluations):
+  if shown < kept:
     note = (
-      f"{len(found)} of {len(evaluations):,} evaluations: the first, the last and"
-      f" evenly spaced ones. All are in {path.name}."
+      f"{shown:,} of the {kept:,} outputs that {path.name} keeps, of {len(found)} of"
+      f" {len(evaluations):,} evaluations: the first, the last and evenly spaced ones,"
+      f" with at most {TEXTS} outputs of a problem."
     )
   return {"rows": [row for part in found for row in part["rows"]], "note": note}
 
@@ -218,24 +224,29 @@ def _evaluation(rows: list[dict], budget: int) -> dict:
     short = [_shorter(row, length) for row in rows[:count]]
     return {"rows": short}
 
-  longest = max((len(t) for row in rows for t in row["texts"]), default=0)
-  return _smaller(make, longest, len(rows), budget)
+  longest = max((n for row in rows for n in row["lengths"]), default=0)
+  return _smaller(make, min(longest, CHARACTERS), len(rows), budget)
 
 
 def _shorter(row: dict, length: int) -> dict:
-  return {**row, "texts": [cut(text, length) for text in row["texts"]]}
+  pairs = zip(row["texts"], row["lengths"], strict=True)
+  found = {k: v for k, v in row.items() if k not in ("lengths", "kept")}
+  return found | {"texts": [cut(text, length, whole) for text, whole in pairs]}
 
 
-def _sample(row: dict, length: int) -> dict:
-  """A problem's outputs; `right` of `drawn` are correct, also those without a text."""
-  texts = [cut(text, length) for text in row["texts"][:16]]
+def _sample(row: dict) -> dict:
+  """A problem's first outputs, of `kept`, and their lengths; `right` of `drawn` are
+  correct, also those without a text."""
+  texts = [x if isinstance(x, str) else str(x) for x in row["texts"][:TEXTS]]
   correct = row.get("correct") if isinstance(row.get("correct"), list) else []
   form = row.get("format") if isinstance(row.get("format"), list) else []
   return {
     "step": number(row.get("step")),
     "problem": cut(row.get("problem") or "", 2_000),
     "answers": _answers(row),
-    "texts": texts,
+    "texts": [text[:CHARACTERS] for text in texts],
+    "lengths": [len(text) for text in texts],
+    "kept": len(row["texts"]),
     "correct": [bool(mark) for mark in correct[: len(texts)]],
     "format": [number(mark, 3) for mark in form[: len(texts)]],
     "right": sum(map(bool, correct)),

@@ -57,9 +57,10 @@
     return select;
   }
 
+  // A box that may scroll, for a keyboard and a screen reader too.
   function scroller(className, label, ...children) {
     const box = el("div", { className, tabIndex: 0 }, ...children);
-    box.setAttribute("role", "region");
+    box.setAttribute("role", className.startsWith("wide") ? "region" : "group");
     box.setAttribute("aria-label", label);
     return box;
   }
@@ -89,6 +90,13 @@
     section("title").textContent = data.title;
     section("verdict").textContent = data.verdict;
     section("folder").textContent = data.folder;
+    if (data.stage) {
+      const rows = data.figures.map(([name, value]) => [name, [fmt(value), ""]]);
+      section("result").append(rows.length
+        ? scroller("wide", "Figures", table(["", "the stage's figure"], rows))
+        : note("A stage's figures come with its manifest.json, when it is done."));
+      return;
+    }
     if (!data.table) {
       section("result").append(
         note("The table comes with summary.json, when a run of RL ends."));
@@ -97,7 +105,7 @@
     const names = ["base", "half way", "final"];
     const heads = names.map((name, i) =>
       [name, el("small", {}, data.table.steps[i])]);
-    const all = ["", ...heads, ["change", el("small", {}, "95 % over problems")]];
+    const all = ["held out", ...heads, ["change", el("small", {}, "95 % over problems")]];
     section("result").append(
       scroller("wide", "Held-out problems", table(all, data.table.rows)));
   }
@@ -342,18 +350,45 @@
     const legend = el("div", { className: "legend" });
     const detail = el("div", { className: "detail" });
     detail.setAttribute("aria-live", "polite");
-    const pick = choose(list.map((group, i) =>
-      [i, `update ${fmt(group.step)}, group ${fmt(group.group)}`]), at,
-      (value) => { at = Number(value); show(); });
+    const pick = choose([], "", (value) => { at = Number(value); show(); });
+    const search = el("input", { type: "search", placeholder: "text of any of them" });
+    const found = el("p", { className: "note" });
+    found.setAttribute("aria-live", "polite");
+    const words = list.map(({ problem, answers, outputs }) => [problem, ...answers,
+      ...outputs.map((output) => output.tokens.join(""))].join("\n").toLowerCase());
+    const rewards = list.map((group) =>
+      extent(group.outputs.map((output) => output.reward).filter(isNumber)));
+    const lengths = list.map((group) =>
+      extent(group.outputs.map((output) => output.whole)));
+    // Of places in the list, which is as the file has it.
+    const orders = {
+      step: (a, b) => a - b,
+      spread: (a, b) => rewards[b][1] - rewards[b][0] - rewards[a][1] + rewards[a][0]
+        || a - b,
+      length: (a, b) => lengths[b][1] - lengths[a][1] || a - b,
+    };
+    let order = "step", shown = [];
     const has = (name) => list.some((group) =>
       group.outputs.some((output) => Array.isArray(output[name])));
     const colour = choose(Object.keys(QUANTITIES).filter(has).map((name) =>
       [name, QUANTITIES[name].label]), by, (value) => { by = value; paint(); });
     by = colour.value || by;
-    const back = el("button", { type: "button" }, "← earlier");
-    const on = el("button", { type: "button" }, "later →");
-    back.addEventListener("click", () => { at -= 1; show(); });
-    on.addEventListener("click", () => { at += 1; show(); });
+    const back = el("button", { type: "button" }, "← before");
+    const on = el("button", { type: "button" }, "after →");
+    const move = (places) => { at = shown[shown.indexOf(at) + places]; show(); };
+    back.addEventListener("click", () => move(-1));
+    on.addEventListener("click", () => move(1));
+
+    function arrange() {
+      const wanted = search.value.toLowerCase();
+      shown = list.map((_, i) => i).filter((i) => words[i].includes(wanted))
+        .sort(orders[order]);
+      found.textContent = wanted ? `${shown.length} of ${list.length} groups.` : "";
+      pick.replaceChildren(...shown.map((i) => el("option", { value: String(i) },
+        `update ${fmt(list[i].step)}, group ${fmt(list[i].group)}`)));
+      if (shown.length && !shown.includes(at)) at = shown[0];
+      show();
+    }
 
     function paint() {
       const quantity = QUANTITIES[by];
@@ -411,17 +446,20 @@
         const good = output.outcome === "correct" ? "good" : "bad";
         header.append(el("span", { className: `chip ${good}` }, output.outcome));
       }
-      const first = (output.advantage || [])[0];
+      // PPO has one of each token, GRPO one of the whole output.
+      const [least, most] = extent((output.advantage || []).filter(isNumber));
+      const range = least < most ? `advantages ${signed(least)} to ${signed(most)}`
+        : `advantage ${signed(least)}`;
       header.append(
-        el("span", {}, isNumber(first) ? `advantage ${signed(first)}` : "no loss"),
+        el("span", {}, Number.isFinite(least) ? range : "no loss"),
         el("span", {}, output.whole > output.tokens.length
           ? `first ${fmt(output.tokens.length)} of ${fmt(output.whole)} tokens`
           : `${fmt(output.whole)} tokens`));
       if (output.parts && output.parts.length) {
-        header.append(el("span", { className: "parts" }, output.parts.map(
-          ([name, value]) => `${name} ${fmt(value)}`).join(" · ")));
+        header.append(el("span", { className: "parts" }, "before weights: "
+          + output.parts.map(([name, value]) => `${name} ${fmt(value)}`).join(" · ")));
       }
-      const text = el("div", { className: "text" });
+      const text = scroller("text", `Tokens of sample ${fmt(output.sample)}`);
       output.tokens.forEach((token, i) => {
         const span = el("span", { className: "token", tabIndex: i ? -1 : 0 },
           visible(token) || "␀");
@@ -436,11 +474,11 @@
     function show() {
       const group = list[at];
       pick.value = String(at);
-      back.disabled = at === 0;
-      on.disabled = at === list.length - 1;
+      back.disabled = shown.indexOf(at) < 1;
+      on.disabled = !shown.includes(at) || at === shown.at(-1);
       task.replaceChildren();
       if (group.problem) {
-        task.append(el("p", { className: "problem" }, visible(group.problem)));
+        task.append(scroller("problem", "Problem", visible(group.problem)));
       }
       if (group.answers.length) task.append(note(`answer ${group.answers.join(" or ")}`));
       if (group.whole > group.outputs.length) {
@@ -468,10 +506,15 @@
     });
     place.append(
       note(`Outputs as the update saw them. ${data.groups.note}`),
-      el("div", { className: "bar" }, labelled("group", pick),
-        el("div", { className: "pair" }, back, on), labelled("colour", colour)),
-      task, legend, cards, detail);
-    show();
+      el("div", { className: "bar" }, labelled("search", search),
+        labelled("sort by", choose([["step", "update"],
+          ["spread", "spread of the rewards"], ["length", "longest output"]], order,
+          (value) => { order = value; arrange(); })),
+        labelled("group", pick), el("div", { className: "pair" }, back, on),
+        labelled("colour", colour)),
+      found, task, legend, cards, detail);
+    search.addEventListener("input", arrange);
+    arrange();
   }
 
   // -- samples -------------------------------------------------------------------
@@ -516,10 +559,10 @@
           good ? "correct" : "not correct");
         outputs.append(el("div", {}, mark,
           isNumber(row.format[i]) ? ` format ${fmt(row.format[i])}` : "",
-          el("p", { className: "text" }, visible(text) || "(empty)")));
+          scroller("text", `Output ${i + 1}`, visible(text) || "(empty)")));
       });
       return el("article", { className: "card" }, header,
-        el("p", { className: "problem" }, visible(row.problem)), outputs);
+        scroller("problem", "Problem", visible(row.problem)), outputs);
     }
 
     function show() {
@@ -556,8 +599,8 @@
     for (const [label, value] of rows) {
       const fill = el("div", { className: "fill" });
       fill.style.width = `${(100 * Math.max(value, 0)) / most}%`;
-      body.append(el("tr", {}, el("td", {}, label), el("td", {}, fmt(value)),
-        el("td", {}, fill)));
+      body.append(el("tr", {}, el("th", { scope: "row" }, label),
+        el("td", {}, fmt(value)), el("td", {}, fill)));
     }
     return el("div", {}, el("h3", {}, name),
       el("table", { className: "bars" }, body));

@@ -7,7 +7,7 @@ from typing import Any
 from r1jax import doctor, events, report
 from r1jax.errors import UserError
 from r1jax.goodput import Goodput
-from r1jax.html_report.excerpt import POINTS, cut, number, size, thinned
+from r1jax.html_report.excerpt import POINTS, cut, json_object, number, size, thinned
 from r1jax.metrics import MetricsFile
 
 SERIES, CURVE_BYTES = 300, 1_300_000  # series, and bytes of all their points
@@ -49,6 +49,16 @@ def metrics(workdir: pathlib.Path) -> list[dict]:
   return rows
 
 
+def stage(workdir: pathlib.Path) -> dict:
+  """What a stage of R1 leaves of itself: its manifest when it is done, or else what it
+  was begun with; {} of a run."""
+  for name in ("manifest.json", "begun.json"):
+    found = json_object(workdir / name)
+    if isinstance(found.get("stage"), str) and isinstance(found.get("config"), dict):
+      return found
+  return {}
+
+
 def of_phase(rows: list[dict], phase: str) -> list[dict]:
   return [row for row in rows if row["phase"] == phase]
 
@@ -56,47 +66,66 @@ def of_phase(rows: list[dict], phase: str) -> list[dict]:
 # -- head ----------------------------------------------------------------------
 
 
-def title(config: dict, workdir: pathlib.Path) -> str:
+def title(config: dict, workdir: pathlib.Path, stage: dict | None = None) -> str:
   """What was run; a folder without a config has its name."""
   objective, model = _inner(config, "objective"), _inner(config, "model")
-  if "task" not in config or not objective:
+  if "task" not in config or not (objective or stage):
     return workdir.resolve().name
-  name = "PPO" if "ppo" in config else "R1-Zero"
-  folder = str(model.get("folder") or "")
-  what = pathlib.Path(folder).name or "in miniature"
-  return (
-    f"{name} {what}: {config['task']}, {objective.get('preset')},"
-    f" seed {config.get('seed')}"
-  )
+  folder = pathlib.Path(str(model.get("folder") or "")).name
+  asked = pathlib.Path(str(_inner(config, "data").get("problems") or "")).name
+  said = f"{folder or 'in miniature'}: {asked or config['task']}"
+  if stage:
+    said = f"R1 {said}, stage {stage['stage']}"
+  else:
+    name = "PPO" if "ppo" in config else "R1-Zero"
+    said = f"{name} {said}, objective {objective.get('preset')}"
+  return f"{said}, seed {config.get('seed')}"
 
 
-def verdict(config: dict, summary: dict, rows: list[dict]) -> str:
-  """One sentence: how a run ended, or how far it came."""
+def verdict(
+  config: dict, summary: dict, rows: list[dict], stage: dict | None = None
+) -> str:
+  """One sentence: how a run or a stage ended, or how far it came."""
   train = of_phase(rows, "rl")
-  try:
-    said = report.verdict(summary)
-    if train and train[-1]["step"] > summary["final"]["step"]:
-      said += f" It has gone on since, to update {train[-1]['step']}."
-  except (KeyError, TypeError, ValueError):  # no summary, or one of another kind of run
-    said = _so_far(config, rows, train)
+  came = _came_to(config if not stage else {}, rows, train)
+  if stage and number(stage.get("seconds")) is not None:
+    said = (
+      f"Stage {stage['stage']} of R1 is done, in {stage['seconds']:,.0f} s: {came}."
+    )
+  elif stage:
+    said = f"Stage {stage['stage']} of R1 has begun and is not done: {came}."
+  else:
+    try:
+      said = report.verdict(summary)
+      if train and train[-1]["step"] > summary["final"]["step"]:
+        said += f" It has gone on since, to update {train[-1]['step']}."
+    except (KeyError, TypeError, ValueError):  # no summary, or of another kind of run
+      said = f"{'It has ended' if summary else 'Without a result so far'}: {came}."
   return cut(said, 1_000)
 
 
-def _so_far(config: dict, rows: list[dict], train: list[dict]) -> str:
+def _came_to(config: dict, rows: list[dict], train: list[dict]) -> str:
   if not train:
-    last = rows[-1]
-    return f"No update of RL: the last line is of {last['phase']}, step {last['step']}."
-  said = f"Without a result so far: update {train[-1]['step']}"
+    last = {row["phase"]: row["step"] for row in rows}
+    return ", ".join(f"{phase} to step {step}" for phase, step in last.items())
+  said = f"update {train[-1]['step']}"
   if number(config.get("steps")) is not None:
     said += f" of {config['steps']}"
   evals = [r for r in of_phase(rows, "eval") if number(r.get("pass_at_1")) is not None]
   if not evals:
-    return said + ", not evaluated yet."
+    return said + ", not evaluated yet"
   first, last = evals[0], evals[-1]
   return (
-    f"{said}. Held-out pass@1 {first['pass_at_1']:.2f} -> {last['pass_at_1']:.2f}"
-    f" at update {last['step']}."
+    f"{said}, held-out pass@1 {first['pass_at_1']:.2f} -> {last['pass_at_1']:.2f}"
+    f" at update {last['step']}"
   )
+
+
+def figures(stage: dict) -> list[list]:
+  """[name, number] of what a stage says in its manifest."""
+  found = _leaves(_inner(stage, "figures"))
+  numbers = [(name, number(json.loads(value))) for name, value in found]
+  return [[cut(name, 60), value] for name, value in numbers if value is not None][:60]
 
 
 def table(summary: dict) -> dict | None:
@@ -224,12 +253,13 @@ def complaints(rows: list[dict]) -> dict:
   return {"rollouts": len(train), "look": doctor.LOOK, "list": found}
 
 
-def cost(summary: dict, path: pathlib.Path) -> dict:
-  """{"facts": [[label, text]], "bars": {heading: [[name, number]]}, "note"}.
+def cost(summary: dict, path: pathlib.Path, stage: dict | None = None) -> dict:
+  """{"facts": [[label, text]], "bars": {heading: [[name, number]]}, "notes"}.
 
   Args:
     summary: of a run that has ended, or {}.
     path: of events.jsonl.
+    stage: of R1; it leaves no summary.
   """
   facts, bars, notes = [], {}, []
   for name, label in (("devices", "devices"), ("jax", "jax"), ("seed", "seed")):
@@ -239,7 +269,7 @@ def cost(summary: dict, path: pathlib.Path) -> dict:
     facts.append(["peak memory of the host", f"{summary['peak_rss_gib']} GiB"])
   if "config_sha256" in summary:
     facts.append(["sha256 of the config", cut(summary["config_sha256"], 64)])
-  if not summary:
+  if not summary and not stage:
     notes.append("summary.json comes when the run ends; it names devices and memory.")
   if compiled := _inner(summary, "compilations"):
     names = (f"{name} {count}" for name, count in compiled.items())
