@@ -133,6 +133,13 @@ def test_the_second_half_of_the_rollouts_is_late(tmp_path):
   assert Arms(tmp_path, 1).late("zero", "kl") == 2.0
 
 
+def test_a_slower_arm_is_behind_along_the_run(tmp_path):
+  evals = [(0, 0.2), (20, 0.5), (40, 0.9)]
+  rows = [{"phase": "eval", "step": step, "pass_at_1": x} for step, x in evals]
+  leave(tmp_path, "zero", 0, rows=[*rows, {"phase": "rl", "step": 40}])
+  assert Arms(tmp_path, 0).along("zero") == pytest.approx(0.7)
+
+
 @pytest.mark.parametrize(
   "flags, words",
   [
