@@ -36,6 +36,9 @@ from r1jax.rewards.scorer import MATHS, SANDBOXES, Scorer, ScorerConfig
 
 PAPERS = 32_768  # tokens of a sample
 GENERATED = 100  # problems of --task
+# Samples are drawn in this many parts or more, so that progress shows and a stop loses
+# little, but not in parts of fewer than FEW.
+PARTS, FEW = 8, 16
 SMALLER = "Fewer --rows or --max-tokens need less."
 
 
@@ -211,8 +214,9 @@ def decoded(
   window = answers.window(kept.tokenizer, prompts)
   half = config is None and jax.default_backend() != "cpu"
   fit = room.rows(kept.policy, window, tokens, bytes_each=2 if half else 4)
-  rows = min(fit, len(prompts) * decoding.samples)
-  return dataclasses.replace(decoding, rows=rows)
+  total = len(prompts) * decoding.samples
+  part = max(-(-total // PARTS), FEW)
+  return dataclasses.replace(decoding, rows=min(fit, total, part))
 
 
 def tokens_of(

@@ -379,11 +379,15 @@ def test_rows_are_as_many_as_there_is_room_for(
   speaks(right_in_the_first([1] * 5))
   flags = [*of_file(file), "--samples=2"]
   out = f"--out={tmp_path / 'much'}"
-  assert run(capsys, checkpoint, *flags, out)["rows"] == 12  # all
+  assert run(capsys, checkpoint, *flags, out)["rows"] == 12  # all, which are few
   monkeypatch.setattr(room, "memory", lambda: 0)
   assert run(capsys, checkpoint, *flags, out)["rows"] == 12
   out = f"--out={tmp_path / 'none'}"
   assert run(capsys, checkpoint, *flags, out)["rows"] == 1
+  monkeypatch.setattr(room, "memory", lambda: 2**34)
+  monkeypatch.setattr(evaluate, "FEW", 2)
+  out = f"--out={tmp_path / 'parts'}"
+  assert run(capsys, checkpoint, *flags, out)["rows"] == 2  # an eighth
 
 
 def test_a_checkpoint_is_not_asked_for_more_tokens_than_it_is_made_for(
