@@ -122,6 +122,9 @@ def start(facts: Mapping, *, callbacks: bool = False) -> Place:
   return place
 
 
+YEAR = 365 * 24 * 3600  # seconds
+
+
 def _initialize(place: Place, seconds: int) -> None:
   how: dict = dict(shutdown_timeout_seconds=60, heartbeat_timeout_seconds=100)
   address = place.coordinator
@@ -131,6 +134,8 @@ def _initialize(place: Place, seconds: int) -> None:
       address = f"127.0.0.1:{free.getsockname()[1]}"
     place = dataclasses.replace(place, processes=1, process=0)
     how.update(coordinator_bind_address=address)
+    # It has no peers to lose, and a laptop sleeps, or its user stops it for a while.
+    how.update(heartbeat_timeout_seconds=YEAR)
   # Between CPU devices of one process gloo is slower than none, and rounds otherwise.
   gloo = None if place.processes == 1 else "gloo"
   jax.config.update("jax_cpu_collectives_implementation", gloo)

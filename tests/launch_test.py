@@ -89,6 +89,20 @@ def test_flags_of_a_preset_stand_before_those_that_are_set():
     xla_flags.variables({"R1JAX_XLA_FLAGS": "fast"})
 
 
+@pytest.mark.parametrize(
+  "place, least, most", [("alone", 10**7, 2**31), ("mine", 1, 200)]
+)
+def test_a_process_alone_may_sleep(monkeypatch, place, least, most):
+  """Nobody waits for its heartbeat; of several, the others do."""
+  asked = {}
+  monkeypatch.setattr(launch.jax.distributed, "initialize", asked.update)
+  monkeypatch.setattr(launch.jax.config, "update", lambda *_: None)
+  monkeypatch.setenv("no_grpc_proxy", "")
+  ours = Place("variables", "10.0.0.1:9876", 4, 3)
+  launch._initialize(Place("alone") if place == "alone" else ours, 5)
+  assert least <= asked["heartbeat_timeout_seconds"] < most
+
+
 # -- the command ---------------------------------------------------------------
 
 

@@ -165,8 +165,9 @@ def of_each(
   if form:
     each["format"] = marks.format.mean(axis=1)
   each["truncated"] = 1.0 - samples.ended.mean(axis=1)
-  lost = [[v.outcome == "infrastructure" for v in row] for row in marks.verdicts]
-  each["lost"] = np.mean(lost, axis=1)
+  for name, outcome in (("no answer", "unparsable"), ("lost", "infrastructure")):
+    such = [[v.outcome == outcome for v in row] for row in marks.verdicts]
+    each[name] = np.mean(such, axis=1)
   shares = set(each)
   each["tokens"] = samples.lengths.mean(axis=1)
   words = [[generate.reflections(text) for text in row] for row in samples.texts]

@@ -134,6 +134,13 @@ def test_the_figures_are_those_of_the_verdicts(
   assert json.loads((out / "evaluation.json").read_text()) == found
 
 
+def test_samples_without_a_box_are_counted(checkpoint, file, tmp_path, capsys, speaks):
+  speaks(lambda prompt, g: "it is 1" if g else r"\boxed{1}")
+  flags = [*of_file(file), "--samples=4", f"--out={tmp_path / 'out'}"]
+  figures = run(capsys, checkpoint, *flags)["figures"]
+  assert figures["no answer"]["value"] == 3 / 4 and figures["lost"]["value"] == 0
+
+
 def test_what_was_drawn_is_not_drawn_again(
   finished, checkpoint, tmp_path, capsys, monkeypatch
 ):
