@@ -40,10 +40,11 @@ class Arms:
     """After RL less before."""
     return self.final(arm, figure) - self.summary(arm)["base"][figure]
 
-  def late(self, arm: str, figure: str) -> float:
-    """Mean over the second half of the rollouts that have the figure, or NaN."""
+  def rollouts(self, arm: str, figure: str, since: float = 0.0) -> float:
+    """Mean over the rollouts that have the figure, or NaN. Args: since: the share of
+    the run that is left out at its beginning."""
     rows = [row[figure] for row in self.rows(arm) if row["phase"] == "rl"]
-    known = [x for x in rows[len(rows) // 2 :] if x is not None]
+    known = [x for x in rows[int(since * len(rows)) :] if x is not None]
     return float(np.mean(known)) if known else math.nan
 
   def along(self, arm: str) -> float:
@@ -63,7 +64,7 @@ class Arms:
 
   def uncapped(self, later: str, earlier: str) -> float:
     """Of RL stage 2 with preference rewards all along."""
-    found = self.report()["reward_hacking"]["R1, uncapped"]
+    found = self.report()["reward_hacking"]["rl_2_uncapped"]
     return found[later] - found[earlier]
 
 
@@ -215,7 +216,8 @@ CLAIMS = (
       Effect(
         "share of tokens clipped, eps 0.2 less 10",
         lambda x: (
-          x.late("clip_0.2", "clip_fraction") - x.late("clip_10", "clip_fraction")
+          x.rollouts("clip_0.2", "clip_fraction")
+          - x.rollouts("clip_10", "clip_fraction")
         ),
       ),
       Effect(
@@ -297,8 +299,8 @@ CLAIMS = (
         -1e-9,
       ),
       Effect(
-        "KL to the reference, never refreshed less refreshed",
-        lambda x: x.late("no_refresh", "kl") - x.late("zero", "kl"),
+        "KL to the reference in the second half, never refreshed less refreshed",
+        lambda x: x.rollouts("no_refresh", "kl", 0.5) - x.rollouts("zero", "kl", 0.5),
       ),
     ),
   ),

@@ -12,6 +12,8 @@ import pytest
 from experiments import arms, claim_arms, claim_table, claims
 from experiments.claim_table import CLAIMS, Arms, Effect
 from r1jax import config_checks, settings
+from r1jax.evals.report_card import ROWS
+from r1jax.pipeline import display, scoreboard
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -124,13 +126,39 @@ def test_a_cap_that_changes_evaluations_alone_shows_nothing(tmp_path):
   assert [e.measure(Arms(tmp_path, 0)) for e in CLAIMS[2].effects] == [0.0, 0.0]
 
 
-def test_the_second_half_of_the_rollouts_is_late(tmp_path):
+def test_a_figure_is_a_mean_of_rollouts(tmp_path):
   rows = [{"phase": "rl", "step": i, "kl": float(i)} for i in range(4)]
   leave(tmp_path, "zero", 0, rows=[*rows, {"phase": "eval", "step": 4}])
-  assert Arms(tmp_path, 0).late("zero", "kl") == 2.5
+  assert Arms(tmp_path, 0).rollouts("zero", "kl") == 1.5
+  assert Arms(tmp_path, 0).rollouts("zero", "kl", since=0.5) == 2.5
   rows[3]["kl"] = None  # what is not finite is written so
   leave(tmp_path, "zero", 1, rows=rows)
-  assert Arms(tmp_path, 1).late("zero", "kl") == 2.0
+  assert Arms(tmp_path, 1).rollouts("zero", "kl", since=0.5) == 2.0
+
+
+def test_what_is_read_of_r1_is_in_its_report(tmp_path):
+  """Columns, rows and stages by the names that the report has."""
+  columns = [*scoreboard.COLUMNS, *scoreboard.ABLATIONS]
+  proxy = {"proxy_first": 1.0, "proxy_last": 3.0}
+  rules = {"rule_before": 0.9, "rule_after": 0.8}
+  report = {
+    "table": {
+      c: {row: {"mean": float(i)} for row in ROWS} for i, c in enumerate(columns)
+    },
+    "reward_hacking": {name: proxy | rules for name in display.HACKING},
+  }
+  folder = arms.folder_of(tmp_path, "r1", 0) / "report"
+  folder.mkdir(parents=True)
+  (folder / "report.json").write_text(json.dumps(report))
+  of_r1 = [claim for claim in CLAIMS if claim.arms == ("r1",)]
+  found = {
+    (claim.number, effect.what): effect.measure(Arms(tmp_path, 0))
+    for claim in of_r1
+    for effect in claim.effects
+  }
+  assert len(found) == 10 and np.isfinite(list(found.values())).all()
+  assert found[6, "reasoning, Dev2 - Dev1"] == 1.0
+  assert found[11, "the model's score, last quarter less first"] == 2.0
 
 
 def test_a_slower_arm_is_behind_along_the_run(tmp_path):
