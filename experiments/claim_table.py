@@ -9,9 +9,9 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from experiments.arms import folder_of
+from r1jax.evals.interval import students
 from r1jax.metrics import MetricsFile
 
 
@@ -333,7 +333,6 @@ class Found(NamedTuple):
 
 def found(claim: Claim, effect: Effect, values: Sequence[float]) -> Found:
   """Args: values: of the seeds, two or more."""
-  n, mean = len(values), float(np.mean(values))
-  half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1)) / n**0.5
+  mean = float(np.mean(values))
   said = claim.number, effect.what, effect.least, tuple(map(float, values))
-  return Found(*said, mean, mean - half, mean + half)
+  return Found(*said, mean, *students(values))

@@ -1,6 +1,7 @@
 """How far a mean over problems may be off, if other problems had been drawn; and
 whether two policies differ on the same ones."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +82,14 @@ def wilson(values: np.ndarray) -> tuple[float, float]:
   half = np.sqrt(z * p * (1 - p) + z * z / 4)
   low, high = ((p + z / 2 + side) / (1 + z) for side in (-half, half))
   return float(min(low, p)), float(max(high, p))
+
+
+def students(values: Sequence[float]) -> tuple[float, float]:
+  """Student's 95 % interval of a mean over seeds, mean -+ t s / sqrt n. Args: values:
+  [seeds], two or more."""
+  n, mean = len(values), float(np.mean(values))
+  half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1)) / n**0.5
+  return mean - half, mean + half
 
 
 class Difference(NamedTuple):

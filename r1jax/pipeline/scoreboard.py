@@ -7,10 +7,9 @@ import pathlib
 import random
 
 import numpy as np
-from scipy import stats
 
 from r1jax.data.problem import Problem
-from r1jax.evals.interval import interval
+from r1jax.evals.interval import interval, students
 from r1jax.evals.report_card import ROWS, Card
 from r1jax.metrics import MetricsFile, write_json
 from r1jax.pipeline import display
@@ -273,6 +272,5 @@ def over_seeds(paths: Sequence[pathlib.Path]) -> dict:
 
 
 def _spread(values: Sequence[float]) -> dict:
-  n, mean = len(values), float(np.mean(values))
-  half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1)) / n**0.5
-  return {"mean": mean, "interval": (mean - half, mean + half), "seeds": list(values)}
+  mean = float(np.mean(values))
+  return {"mean": mean, "interval": students(values), "seeds": list(values)}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from r1jax.evals.interval import METHODS, figure, interval, paired
+from r1jax.evals.interval import METHODS, figure, interval, paired, students
 
 
 def coverage(draw, truth, n, **how):
@@ -151,3 +151,9 @@ def test_p_is_even_where_neither_is_better():
   rng = np.random.default_rng(4)
   found = [paired(*rng.random((2, 20)), draws=500).p for _ in range(300)]
   assert 0.02 < np.mean(np.array(found) < 0.05) < 0.09
+
+
+def test_a_mean_over_seeds_has_students_interval():
+  half = 4.302653 * 0.1 / 3**0.5  # t of two degrees of freedom
+  expected = (0.6 - half, 0.6 + half)
+  assert students([0.5, 0.6, 0.7]) == pytest.approx(expected, abs=1e-6)
