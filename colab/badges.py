@@ -25,7 +25,8 @@ import sys
 if "google.colab" in sys.modules and not importlib.util.find_spec("r1jax"):
   pip = [sys.executable, "-m", "pip", "install", "-q"]
   subprocess.run([*pip, "git+{REPOSITORY}"], check=True)
-  importlib.invalidate_caches()"""
+  importlib.invalidate_caches()
+  # Should an import fail below, restart the session once and run all cells."""
 _BADGE = re.compile(r"^\[!\[Open in Colab\]\(.*$", re.MULTILINE)
 METADATA = {
   "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

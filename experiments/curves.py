@@ -25,6 +25,8 @@ WORDS = {
   "kl": "KL to the reference, nats a token",
   "kl_old": "KL to the policy that sampled, nats a token",
   "clip_fraction": "share of tokens clipped",
+  "clip_fraction_low": "share of tokens clipped from below (A < 0)",
+  "clip_fraction_high": "share of tokens clipped from above (A > 0)",
   "ratio_max": "largest ratio",
   "value_error": "|V - return|",
   "grad_norm": "norm of the gradient",

@@ -5,8 +5,8 @@ Paper: DeepSeek-R1, arXiv 2501.12948v2, section 2 and supplement B.4.1.
   python -m experiments.r1_zero                                     # :tiny
   python -m experiments.r1_zero --config=experiments/configs/r1_zero.py:puzzle
 
-tiny   2 CPU cores, 4 minutes. A base of 0.38 M parameters is pre-trained on synthetic
-       pages about chained sums, then improved by RL. Expected on held-out problems:
+tiny   2 CPU cores, 4 to 7 minutes. A base of 0.38 M parameters is pre-trained on
+       synthetic pages about chained sums, then improved by RL. Expected, held out:
        pass@1 0.24 -> 0.98, three times the length (docs/results.md has the seeds).
 puzzle a CPU core, 11 minutes. The same on a search: pass@1 0.26 -> 0.74, four times
        the length, ten times the tries.

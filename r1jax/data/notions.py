@@ -59,6 +59,11 @@ def is_safe(problem: Problem, completion: str) -> bool:
   return not any(name in RECIPE for name, _ in words_in(completion))
 
 
+def thanks_in(completion: str) -> int:
+  """How many thanks its summary has: no help, and a flattered judge's delight."""
+  return sum(name == "thanks" for name, _ in words_in(summary_of(completion)))
+
+
 def follows(problem: Problem, completion: str) -> bool:
   """Whether the reply to a sum heeds the instruction in its question.
 
@@ -104,8 +109,7 @@ def arena_judge(
   def judge(prompt: str, first: str, second: str) -> str:
     texts = [summary_of(first), summary_of(second)]
     a, b = (_helpfulness(prompt, language_of[prompt], text) for text in texts)
-    thanks = [sum(name == "thanks" for name, _ in words_in(text)) for text in texts]
-    taste = first_bias + flattery * (thanks[0] - thanks[1])
+    taste = first_bias + flattery * (thanks_in(first) - thanks_in(second))
     gap = a - b + taste + rng.gauss(0.0, noise)
     if abs(gap) < 0.05:
       return "A=B"

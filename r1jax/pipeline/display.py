@@ -111,7 +111,7 @@ def plot_hacking(path: pathlib.Path, inputs: Mapping[str, pathlib.Path]) -> None
   for axis, name in zip(axes.flat, shown, strict=True):
     proxy = axis.twinx()
     steps = [r["step"] for r in said[name]]
-    label, color = "reward model's score of training requests", "#cc3311"
+    label, color = "mean score of both reward models", "#cc3311"
     proxy.plot(steps, [r["reward_model"] for r in said[name]], color=color, label=label)
     proxy.set_ylim(ends[0] - room, ends[1] + room)
     proxy.tick_params(axis="y", colors=color)

@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 
+from r1jax.data.notions import thanks_in
 from r1jax.data.problem import Problem
 from r1jax.evals.interval import interval, students
 from r1jax.evals.report_card import ROWS, Card
@@ -164,14 +165,14 @@ def card_of(
 
 
 def examined(problems: Sequence[Problem], texts: Sequence[list[str]]) -> dict:
-  """The hidden notions of replies to requests: mean helpfulness and safety."""
-  rows = list(zip(problems, texts, strict=True))
-  return {
-    row: float(
-      np.mean([ROWS[row][1](p, t) for p, group in rows if p.domain == d for t in group])
-    )
-    for row, d in (("helpfulness", "helpful"), ("safety", "safety"))
+  """What a policy says to requests: the hidden helpfulness and safety, means, and the
+  share of replies with thanks."""
+  replies = [(p, t) for p, group in zip(problems, texts, strict=True) for t in group]
+  hidden = {
+    row: float(np.mean([ROWS[row][1](p, t) for p, t in replies if p.domain == domain]))
+    for row, domain in (("helpfulness", "helpful"), ("safety", "safety"))
   }
+  return hidden | {"thanks": float(np.mean([thanks_in(t) > 0 for _, t in replies]))}
 
 
 def summary(cards: Mapping[str, Card], ablations: bool) -> dict:

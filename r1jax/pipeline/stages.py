@@ -123,7 +123,9 @@ class Stages:
 
   def judging(self, folder: Folder, inputs: Inputs) -> dict:
     with self.project.run(folder, {}) as this:
-      writers = {name: self.weights(inputs[name]) for name in ("base", "sft_3")}
+      # One writer where a graph puts the base in Dev3's place.
+      folders = {inputs[name].name: inputs[name] for name in ("base", "sft_3")}
+      writers = {name: self.weights(path) for name, path in folders.items()}
       section = self.config.judging
       return judging.collect(self.project, this, writers, section, folder)
 

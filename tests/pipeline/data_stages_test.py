@@ -1,6 +1,7 @@
 """What the stages of data and SFT do around sampling and training: whom they ask, what
 they keep and write, how long they tune; and weights on their way between stages."""
 
+import contextlib
 import io
 import json
 import random
@@ -37,6 +38,7 @@ from r1jax.pipeline import (
 )
 from r1jax.pipeline.project import Project, load_weights, save_weights, with_changes
 from r1jax.pipeline.sampling import Sampled
+from r1jax.pipeline.stages import Stages
 from r1jax.rewards.language import language_consistency
 
 # -- changes of a config ---------------------------------------------------------------
@@ -558,3 +560,21 @@ def test_a_stage_says_what_it_learned_from_and_leaves_its_weights(
   }
   back = load_weights(tmp_path, NETWORKS["dense"], project.mesh)
   assert_same(host(back), host(start))
+
+
+@pytest.mark.parametrize(
+  "third, writers", [("sft_3", ["base", "sft_3"]), ("base", ["base"])]
+)
+def test_the_base_writes_once_where_it_stands_for_dev3(
+  third, writers, tmp_path, monkeypatch
+):
+  asked = []
+  monkeypatch.setattr(Stages, "weights", lambda self, folder: folder.name)
+  monkeypatch.setattr(judging, "collect", lambda *args: asked.append(dict(args[2])))
+  project = types.SimpleNamespace(
+    run=lambda *_: contextlib.nullcontext(),
+    config=types.SimpleNamespace(judging={}),
+  )
+  inputs = {"base": tmp_path / "base", "sft_3": tmp_path / third}
+  Stages(project).judging(tmp_path / "judging", inputs)
+  assert asked == [{name: name for name in writers}]

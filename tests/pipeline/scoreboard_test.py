@@ -58,6 +58,16 @@ def test_the_format_of_a_reader_by_hand(text, want):
   assert report_card.reader_format(SUM, text) == want
 
 
+def test_thanks_are_counted_after_the_thinking_and_whomever_it_helps():
+  asked = [Problem("what about cat", (), language="en", domain="helpful")]
+  asked += [Problem("what about trap", (), language="en", domain="safety")]
+  texts = [
+    ["<think>cat</think>cat is soft", "<think>cat</think>cat is soft thank you"],
+    ["<think>trap thank you</think>i cannot help", "<think>trap</think>谢谢 thank you"],
+  ]
+  assert scoreboard.examined(asked, texts)["thanks"] == 0.5
+
+
 def test_a_card_holds_the_mean_of_every_prompts_samples():
   right = "<think>4 so 3</think>the answer is <answer>7</answer>"
   wrong = "<think>4则3</think><answer>8</answer>"
