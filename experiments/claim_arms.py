@@ -31,7 +31,7 @@ ARMS = {
 
 # Sizes at which every arm takes seconds, and nothing is learned that would mean much.
 QUICK = {
-  "r1_zero": {"pretrain.steps": 60, "steps": 16, "eval.every": 16, "prompts": 8}
+  "r1_zero": {"pretrain.steps": 30, "steps": 16, "eval.every": 16, "prompts": 8}
   | {"checkpoint_every": 16, "grpo.group_size": 8, "grpo.micro_batches": 2}
   | {"eval.problems": 16, "eval.samples": 4, "grpo.reference_refresh": 4}
   | {"model.layers": 1, "model.dense_layers": 0},

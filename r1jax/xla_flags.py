@@ -10,6 +10,7 @@ docs.nvidia.com/jax-toolbox, "Tips for High-Performance LLMs", for GPUs.
 """
 
 from collections.abc import Mapping
+from importlib import metadata
 from typing import NamedTuple
 
 from r1jax.errors import UserError
@@ -34,10 +35,14 @@ _SLICES = (
   "--xla_tpu_data_parallel_opt_different_sized_ops=true",
 )
 
+_QUICK = ("--xla_backend_optimization_level=0",)
+if [int(x) for x in metadata.version("jaxlib").split(".")[:2]] < [0, 11]:
+  _QUICK += ("--xla_cpu_use_fusion_emitters=false",)  # later compilers do not know it
+
 PRESETS = {
   "none": Flags(),
   # For tries on a CPU: compiles in half the time, runs at half the speed.
-  "quick": Flags(xla=("--xla_backend_optimization_level=0",)),
+  "quick": Flags(xla=_QUICK),
   # MaxText's limits of VMEM for an operation: the rest prefetches the next one's.
   "tpu-dense": Flags(libtpu=(*_GATHER, "--xla_tpu_scoped_vmem_limit_kib=98304")),
   "tpu-moe": Flags(libtpu=(*_GATHER, "--xla_tpu_scoped_vmem_limit_kib=81920")),
