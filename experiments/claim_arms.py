@@ -35,7 +35,7 @@ QUICK = {
   | {"checkpoint_every": 16, "grpo.group_size": 8, "grpo.micro_batches": 2}
   | {"eval.problems": 16, "eval.samples": 4, "grpo.reference_refresh": 4}
   | {"model.layers": 1, "model.dense_layers": 0},
-  "r1": {"pretrain.steps": 150, "model.width": 48, "model.layers": 2, "steps": 4}
+  "r1": {"pretrain.steps": 100, "model.width": 48, "model.layers": 2, "steps": 4}
   | {"pretrain.rows": 24, "pretrain.micro_batches": 2, "prompts": 8, "model.heads": 2}
   | {"grpo.group_size": 4, "grpo.micro_batches": 2, "grpo.reference_refresh": 4}
   | {"eval.problems": 8, "eval.samples": 4, "eval.every": 4, "checkpoint_every": 2}
@@ -45,7 +45,8 @@ QUICK = {
   | {"rejection.prompts": 128, "rejection.samples": 8, "judging.samples": 8}
   | {"rejection.least_consistency": 0.0, "judging.pairs_a_prompt": 8}
   | {"reward_models.epochs": 1, "counts.pretrain": 400, "counts.train": 128}
-  | {"counts.held_out": 64, "report.problems": 32, "report.samples": 4},
+  | {"counts.held_out": 64, "report.problems": 32, "report.samples": 4}
+  | {"report.request_samples": 4},
 }
 QUICK["ppo"] = QUICK["r1_zero"]
 QUICK_STALE = {"steps": 32, "grpo.micro_batches": 1, "grpo.reference_refresh": 16}

@@ -84,6 +84,7 @@ def claims(options: argparse.Namespace) -> list[str]:
     for arm in claim_arms.ARMS
     if any(arm in claim.arms and seed < n for claim, n in seeds.items())
   ]
+  wanted.sort(key=lambda run: run[0] != "r1")  # the longest first
   made, failed = claim_arms.arms(o.quick), []
   if not o.status:
     say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
