@@ -22,6 +22,7 @@ import math
 import os
 import pathlib
 import sys
+import textwrap
 
 import matplotlib
 
@@ -190,7 +191,7 @@ def plot(path: pathlib.Path, effects: Sequence[Found]) -> None:
   """A panel an effect: its seeds, mean and interval; the line it should be above."""
   columns = 4
   rows = -(-len(effects) // columns)
-  figure, axes = plt.subplots(rows, columns, figsize=(13, 2.1 * rows), squeeze=False)
+  figure, axes = plt.subplots(rows, columns, figsize=(13, 1.7 * rows), squeeze=False)
   colours = {"shown": "C2", "not shown": "0.5", "opposite": "C3"}
   for axis, e in zip(axes.flat, effects, strict=False):
     axis.axvline(e.least, color="0.8", lw=1)
@@ -201,7 +202,9 @@ def plot(path: pathlib.Path, effects: Sequence[Found]) -> None:
     axis.set_ylim(-0.6, 0.9)
     axis.set_yticks([])
     axis.tick_params(labelsize=7)
-    axis.set_title(f"{e.claim}. {e.what}\n{e.verdict}", fontsize=7, color=colour)
+    axis.locator_params(axis="x", nbins=5)
+    title = textwrap.fill(f"{e.claim}. {e.what}: {e.verdict}", 46)
+    axis.set_title(title, fontsize=7, color=colour)
   for axis in axes.flat[len(effects) :]:
     axis.axis("off")
   figure.tight_layout()
