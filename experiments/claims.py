@@ -213,7 +213,7 @@ def plot(path: pathlib.Path, effects: Sequence[Found]) -> None:
 
 
 def seconds_of(root: pathlib.Path, wanted: Sequence[tuple[str, int]]) -> float:
-  """Of all runs, each on its core."""
+  """Of all runs, each on its core; wall time, pauses included."""
   spent = 0.0
   for pair in wanted:
     for path in arms.folder_of(root, *pair).rglob("events.jsonl"):
@@ -228,7 +228,7 @@ def write(effects: Sequence[Found], of_runs: float) -> None:
   _, _, tail = tail.partition(END)
   date = datetime.date.today().isoformat()
   how = f"`python -m experiments.claims --write`, {date}, on {os.cpu_count()} cores:"
-  how += f" {of_runs / 3600:.1f} core-hours of runs."
+  how += f" {of_runs / 3600:.1f} hours of runs, each on a core."
   picture = "![each effect: seeds, mean, interval](claims.png)"
   text = f"{how}\n\n{markdown(effects)}\n{picture}\n"
   path.write_text(f"{head}{BEGIN}{text}{END}{tail}")
