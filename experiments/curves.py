@@ -13,7 +13,6 @@ from experiments.compare import Runs
 WORDS = {
   "pass_at_1": "pass@1, held out",
   "mean_length": "tokens a response, held out",
-  "length_p90": "tokens that one in ten outputs of a rollout exceeds",
   "reflection_rate": "reflection words a response, held out",
   "format_rate": "format, held out",
   "kl_to_base": "log π - log base a token, held out",
