@@ -119,7 +119,9 @@ def test_the_first_process_alone_writes_and_speaks(runs):
   steps = [(row["phase"], row["step"]) for row in lines(two, "metrics.jsonl")]
   assert len(steps) == len(set(steps))
   assert "After RL" in first and "process 0 of 2" in first
-  said = [line for line in second.splitlines() if line and "[Gloo]" not in line]
+  # Gloo's threads interrupt each other's lines.
+  gloo = ("[Gloo]", "peer ranks")
+  said = [x for x in second.splitlines() if x and not any(word in x for word in gloo)]
   assert len(said) == 1 and said[0].startswith("process 1 of 2 on ")
   assert "2 of 4 devices (variables)" in said[0]
 
